@@ -1,0 +1,26 @@
+"""mentorch: train image classifiers on partly wrong labels by learning how much to trust each sample.
+
+Names are imported on first use, so ``import mentorch`` costs nothing and needs neither a GPU nor DALI.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mentorch.engine.mentor import MentorNet as MentorNet
+    from mentorch.engine.reweight import Reweight as Reweight
+
+__version__ = "0.1.0"
+
+_HOME = {"Reweight": "mentorch.engine.reweight", "MentorNet": "mentorch.engine.mentor"}
+__all__ = ["MentorNet", "Reweight", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mentorch' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
