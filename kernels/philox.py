@@ -1,11 +1,11 @@
 """Counter-based random numbers: the same for the same key, on every device, grid and rank.
 
 Everything random in mentorch (example dropout, burn-in, sample order, crops, label noise) is a pure
-function of ``(seed, step, sample)``, so a resumed run, another batch split or another backend draws the same
-numbers and no generator state has to be saved.
+function of ``(seed, step, sample)``, so a resumed run, another batch split or another backend draws
+the same numbers and no generator state has to be saved.
 
-Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The counter words
-are (sample low, sample high, step, stream) and the key is the seed, which is what
+Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The counter
+words are (sample low, sample high, step, stream) and the key is the seed, which is what
 ``tl.philox(seed, c0, c1, c2, c3)`` computes in a Triton kernel.
 """
 
@@ -20,7 +20,8 @@ _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 
 
 class Stream(IntEnum):
-    """What the numbers are for. Two streams never share a number; the values are part of the format."""
+    """What the numbers are for. Two streams never share a number; the values are part of the
+    format."""
 
     EXAMPLE_DROPOUT = 0
     ORDER = 1
@@ -30,7 +31,8 @@ class Stream(IntEnum):
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a·b for 32-bit a and b (the signed 64-bit product wraps; its bits do not)."""
+    """High and low 32 bits of a·b for 32-bit a and b (the signed 64-bit product wraps; its bits do
+    not)."""
     product = b * a
     return (product >> 32) & _MASK, product & _MASK
 
@@ -41,7 +43,8 @@ def philox(
     """Four independent random 32-bit words for each sample.
 
     Args:
-        seed: the key, a 64-bit integer (or a 0-d int64 tensor, so that nothing syncs with the host).
+        seed: the key, a 64-bit integer (or a 0-d int64 tensor, so that nothing syncs with the
+            host).
         step: the training step or epoch, below 2**32 (or a 0-d int64 tensor).
         sample: int64 tensor of sample ids, any shape.
         stream: one of `Stream`.
@@ -49,10 +52,10 @@ def philox(
     Returns:
         Four int64 tensors of the shape of ``sample``, values in [0, 2**32).
     """
-    as_word = lambda x: torch.as_tensor(x, dtype=torch.int64, device=sample.device)  # noqa: E731
-    seed, step = as_word(seed), as_word(step)
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=sample.device)
+    step = torch.as_tensor(step, dtype=torch.int64, device=sample.device)
     c0, c1 = sample & _MASK, (sample >> 32) & _MASK
-    c2, c3 = (step & _MASK).expand_as(sample), as_word(int(stream)).expand_as(sample)
+    c2, c3 = (step & _MASK).expand_as(sample), torch.full_like(sample, int(stream))
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         high_b, low_b = _mul_hi_lo(_ROUND_B, c2)

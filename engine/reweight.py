@@ -1,0 +1,146 @@
+"""`Reweight`: the loss to drop into any loop in place of `nn.CrossEntropyLoss`."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mentorch.engine.curricula import resolve_curriculum
+from mentorch.engine.mentor import MentorNet
+from mentorch.kernels.example_dropout import ExampleDropout
+from mentorch.kernels.mentor import EPOCHS, ClosedForm, Curriculum
+from mentorch.kernels.reweight import Reweighted, reweight
+
+# Closed forms do not read the training progress; burn-in and a MentorNet's epoch embedding do.
+_NEEDS_STEPS = (
+    "total_steps is needed: the burn-in and a MentorNet's epoch input count in shares of training. "
+    "Give the number of training steps, or use a closed form with burn_in=0."
+)
+
+
+class Reweight(nn.Module):
+    """Cross-entropy weighted sample by sample by a curriculum (MentorNet, ICML 2018).
+
+    In training mode every call is one step: it updates ℓ_pt, counts the step and returns Σ v ℓ / B.
+    In eval mode it is plain mean cross-entropy. All state is in device buffers, nothing syncs with
+    the host, and ``state_dict`` resumes exactly.
+
+    Args:
+        curriculum: a closed form's name (``"linear"``), a shipped MentorNet's name, a
+            ``.safetensors`` file, or a `ClosedForm` / `MentorNet`.
+        total_steps: training steps in all, from which the epoch percentage 0..99 is computed.
+        loss_percentile: p of ℓ_pt, in [0, 1]: roughly the share of labels that is right.
+        decay: of ℓ_pt's moving average, in [0, 1).
+        burn_in: share of training before the curriculum sets in (the paper's first 20%).
+        burn_in_dropout: share of samples dropped at random during burn-in (1 − the paper's p).
+        example_dropout: share dropped afterwards.
+        exact_dropout: drop an exact count, as the released code does, instead of tossing coins.
+        seed: of the dropout's random numbers.
+        ignore_index: label of rows that do not count.
+        group: process group whose ranks' batches form one, e.g. ``dist.group.WORLD``: percentile
+            and mean are then over the global batch. None: each rank for itself.
+
+    Raises:
+        ValueError: an unknown curriculum or a parameter out of range.
+
+    Example:
+        >>> criterion = Reweight("linear", total_steps=39_000)
+        >>> loss = criterion(logits, labels)          # like nn.CrossEntropyLoss()
+    """
+
+    loss_moving_avg: Tensor
+    step: Tensor
+
+    def __init__(
+        self,
+        curriculum: str | Path | ClosedForm | MentorNet,
+        *,
+        total_steps: int | None = None,
+        loss_percentile: float = 0.75,
+        decay: float = 0.95,
+        burn_in: float = 0.2,
+        burn_in_dropout: float = 0.5,
+        example_dropout: float = 0.0,
+        exact_dropout: bool = False,
+        seed: int = 0,
+        ignore_index: int = -100,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        resolved = resolve_curriculum(curriculum)
+        if total_steps is None and (burn_in > 0 or isinstance(resolved, MentorNet)):
+            raise ValueError(_NEEDS_STEPS)
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+        if not 0.0 <= burn_in <= 1.0:
+            raise ValueError(f"burn_in is a share of training in [0, 1], got {burn_in}")
+        self.mentor = resolved.requires_grad_(False) if isinstance(resolved, MentorNet) else None
+        self.closed_form = resolved if isinstance(resolved, ClosedForm) else None
+        self.total_steps = total_steps or EPOCHS
+        self.loss_percentile = loss_percentile
+        self.decay = decay
+        self.dropout = ExampleDropout(
+            round(burn_in * EPOCHS), burn_in_dropout, example_dropout, exact_dropout
+        )
+        self.seed = seed
+        self.ignore_index = ignore_index
+        self.group = group
+        self.register_buffer("loss_moving_avg", torch.zeros(()))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    def curriculum(self) -> Curriculum:
+        """The curriculum in force, as the kernels take it."""
+        if self.closed_form is not None:
+            return self.closed_form
+        assert self.mentor is not None
+        return self.mentor.weights()
+
+    def epoch_pct(self) -> Tensor:
+        """Training progress, an integer 0..99 (0-d tensor on the device)."""
+        return (self.step * EPOCHS // self.total_steps).clamp(max=EPOCHS - 1)
+
+    def _row_ids(self, labels: Tensor) -> Tensor:
+        """Row numbers in the global batch, so that ranks do not toss the same coins."""
+        rank = 0 if self.group is None else dist.get_rank(self.group)
+        return torch.arange(labels.shape[0], device=labels.device) + rank * labels.shape[0]
+
+    def weigh(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
+        """One training step with everything it computed: loss, sample losses, weights, ℓ_pt.
+
+        Args:
+            logits: [B, C].
+            labels: [B] int64; ``ignore_index`` for rows that do not count.
+            index: [B] int64 sample ids, which make example dropout a property of the sample.
+        """
+        out = reweight(
+            logits,
+            labels,
+            self.curriculum(),
+            self.loss_moving_avg,
+            self.epoch_pct(),
+            loss_percentile=self.loss_percentile,
+            decay=self.decay,
+            dropout=self.dropout,
+            seed=self.seed,
+            step=self.step,
+            sample_ids=self._row_ids(labels) if index is None else index,
+            ignore_index=self.ignore_index,
+            group=self.group,
+        )
+        with torch.no_grad():
+            self.loss_moving_avg.copy_(out.loss_moving_avg)
+            self.step += 1
+        return out
+
+    def forward(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Tensor:
+        """The loss to call ``backward`` on; arguments as `weigh`."""
+        if self.training:
+            return self.weigh(logits, labels, index).loss
+        return F.cross_entropy(logits.float(), labels, ignore_index=self.ignore_index)
+
+    def extra_repr(self) -> str:
+        """What `print(criterion)` shows."""
+        what = self.closed_form or "MentorNet"
+        return f"{what}, loss_percentile={self.loss_percentile}, decay={self.decay}, {self.dropout}"

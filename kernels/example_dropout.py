@@ -1,0 +1,80 @@
+"""Burn-in and example dropout: the probabilistic sampling layer of Fig. 1.
+
+During burn-in (the first 20% of training in the paper) v ~ Bernoulli(p): the curriculum is not used
+and samples are dropped at random. Afterwards v = g_m(z), of which a share may still be dropped.
+Kept weights are not rescaled. The released code differs only in the numbers and in keeping an exact
+count, ⌊B(1 − rate)⌋.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mentorch.kernels.philox import Stream, philox, to_uniform
+
+
+@dataclass(frozen=True)
+class ExampleDropout:
+    """How many samples get weight 0 by chance, and when.
+
+    Raises:
+        ValueError: a rate outside [0, 1) or a burn-in outside 0..100.
+    """
+
+    burn_in_pct: int = 20
+    """Epoch percentage at which burn-in ends; before it every kept sample has weight 1."""
+    burn_in_rate: float = 0.5
+    """Share of samples dropped during burn-in (1 − the paper's p)."""
+    rate: float = 0.0
+    """Share of samples dropped after burn-in."""
+    exact: bool = False
+    """Keep exactly ⌊B(1 − rate)⌋ samples, as released, instead of one coin a sample."""
+
+    def __post_init__(self) -> None:
+        for name in ("burn_in_rate", "rate"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.burn_in_pct <= 100:
+            raise ValueError(f"burn_in_pct must be in 0..100, got {self.burn_in_pct}")
+
+
+def example_dropout_ref(
+    dropout: ExampleDropout,
+    sample_weight: Tensor,
+    valid: Tensor,
+    epoch_pct: Tensor,
+    seed: Tensor | int,
+    step: Tensor | int,
+    sample_ids: Tensor,
+) -> Tensor:
+    """Weights after burn-in and dropout.
+
+    Args:
+        dropout: rates.
+        sample_weight: [B] from the curriculum.
+        valid: [B] bool; the rows that count towards B in the exact form.
+        epoch_pct: 0-d integer 0..99.
+        seed: key of the random numbers.
+        step: training step.
+        sample_ids: [B] int64; a sample's coin depends on (seed, step, its id) alone.
+
+    Returns:
+        [B], dtype of ``sample_weight``.
+    """
+    in_burn_in = epoch_pct < dropout.burn_in_pct
+    weight = torch.where(in_burn_in, torch.ones_like(sample_weight), sample_weight)
+    if dropout.rate == 0.0 and dropout.burn_in_rate == 0.0:
+        return weight
+    rate = torch.where(in_burn_in, dropout.burn_in_rate, dropout.rate).to(torch.float64)
+    coin = to_uniform(philox(seed, step, sample_ids, Stream.EXAMPLE_DROPOUT)[0])
+    if dropout.exact:
+        keep_count = (valid.sum() * (1.0 - rate)).floor()
+        order = coin.masked_fill(~valid, 2.0).argsort(stable=True)
+        rank = torch.empty_like(order).scatter_(
+            0, order, torch.arange(len(order), device=order.device)
+        )
+        keep = rank < keep_count
+    else:
+        keep = coin >= rate
+    return torch.where(keep, weight, torch.zeros_like(weight))
