@@ -1,9 +1,9 @@
-"""Maps the repository's top-level folders to the import package `mentorch` (see CONTRIBUTING.md)."""
+"""Maps the repository's folders to the import package `mentorch` (why: CONTRIBUTING.md)."""
 
 from setuptools import find_packages, setup
 
 # The folders engine/ and kernels/ are what people read; their import names are mentorch.engine and
-# mentorch.kernels, so that no installation ever puts a top-level `kernels` (Hugging Face's) on the path.
+# mentorch.kernels, so that no installation puts a top-level `kernels` (Hugging Face's) on the path.
 ROOTS = {"mentorch.engine": "engine", "mentorch.kernels": "kernels"}
 
 packages = ["mentorch"]

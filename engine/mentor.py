@@ -129,6 +129,13 @@ class MentorNet(nn.Module):
         if options.get("format") != _FORMAT:
             found = options.get("format", "none")
             raise ValueError(f"{path} is not a MentorNet: format {found!r}, not {_FORMAT!r}")
+        try:
+            return cls._from_file(state, options)
+        except (KeyError, IndexError, RuntimeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a complete MentorNet: {error}") from error
+
+    @classmethod
+    def _from_file(cls, state: dict[str, Tensor], options: dict[str, str]) -> "MentorNet":
         mentor = cls(
             num_labels=state["label_embedding"].shape[0],
             label_dim=state["label_embedding"].shape[1],

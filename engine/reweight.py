@@ -1,5 +1,6 @@
 """`Reweight`: the loss to drop into any loop in place of `nn.CrossEntropyLoss`."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from mentorch.engine.curricula import resolve_curriculum
 from mentorch.engine.mentor import MentorNet
 from mentorch.kernels.example_dropout import ExampleDropout
 from mentorch.kernels.mentor import EPOCHS, ClosedForm, Curriculum
-from mentorch.kernels.reweight import Reweighted, reweight
+from mentorch.kernels.reweight import Reweighted, check_moving_average, reweight
 
 # Closed forms do not read the training progress; burn-in and a MentorNet's epoch embedding do.
 _NEEDS_STEPS = (
@@ -29,18 +30,20 @@ class Reweight(nn.Module):
 
     Args:
         curriculum: a closed form's name (``"linear"``), a shipped MentorNet's name, a
-            ``.safetensors`` file, or a `ClosedForm` / `MentorNet`.
+            ``.safetensors`` file, or a `ClosedForm` / `MentorNet` (copied).
         total_steps: training steps in all, from which the epoch percentage 0..99 is computed.
         loss_percentile: p of ℓ_pt, in [0, 1]: roughly the share of labels that is right.
         decay: of ℓ_pt's moving average, in [0, 1).
-        burn_in: share of training before the curriculum sets in (the paper's first 20%).
+        burn_in: share of training before the curriculum sets in (the paper's first 20%), rounded to
+            whole percents.
         burn_in_dropout: share of samples dropped at random during burn-in (1 − the paper's p).
         example_dropout: share dropped afterwards.
         exact_dropout: drop an exact count, as the released code does, instead of tossing coins.
         seed: of the dropout's random numbers.
         ignore_index: label of rows that do not count.
         group: process group whose ranks' batches form one, e.g. ``dist.group.WORLD``: percentile
-            and mean are then over the global batch. None: each rank for itself.
+            and mean are then over the global batch. None (which ``WORLD`` is before
+            ``init_process_group``): each rank for itself.
 
     Raises:
         ValueError: an unknown curriculum or a parameter out of range.
@@ -76,7 +79,11 @@ class Reweight(nn.Module):
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")
         if not 0.0 <= burn_in <= 1.0:
             raise ValueError(f"burn_in is a share of training in [0, 1], got {burn_in}")
-        self.mentor = resolved.requires_grad_(False) if isinstance(resolved, MentorNet) else None
+        check_moving_average(loss_percentile, decay)
+        # A copy: the caller may go on training theirs.
+        self.mentor = (
+            deepcopy(resolved).requires_grad_(False) if isinstance(resolved, MentorNet) else None
+        )
         self.closed_form = resolved if isinstance(resolved, ClosedForm) else None
         self.total_steps = total_steps or EPOCHS
         self.loss_percentile = loss_percentile
@@ -138,7 +145,8 @@ class Reweight(nn.Module):
         """The loss to call ``backward`` on; arguments as `weigh`."""
         if self.training:
             return self.weigh(logits, labels, index).loss
-        return F.cross_entropy(logits.float(), labels, ignore_index=self.ignore_index)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(dtype), labels, ignore_index=self.ignore_index)
 
     def extra_repr(self) -> str:
         """What `print(criterion)` shows."""

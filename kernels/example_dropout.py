@@ -66,10 +66,12 @@ def example_dropout_ref(
     weight = torch.where(in_burn_in, torch.ones_like(sample_weight), sample_weight)
     if dropout.rate == 0.0 and dropout.burn_in_rate == 0.0:
         return weight
-    rate = torch.where(in_burn_in, dropout.burn_in_rate, dropout.rate).to(torch.float64)
+    # float64: in float32 0.05 is a little more than 1/20, and 95 of 100 would become 94.
+    burning = in_burn_in.to(torch.float64)
+    rate = burning * dropout.burn_in_rate + (1.0 - burning) * dropout.rate
     coin = to_uniform(philox(seed, step, sample_ids, Stream.EXAMPLE_DROPOUT)[0])
     if dropout.exact:
-        keep_count = (valid.sum() * (1.0 - rate)).floor()
+        keep_count = (valid.sum() * (1.0 - rate) + 1e-6).floor()  # 100 · (1 − 0.07) is 92.999…
         order = coin.masked_fill(~valid, 2.0).argsort(stable=True)
         rank = torch.empty_like(order).scatter_(
             0, order, torch.arange(len(order), device=order.device)

@@ -4,8 +4,9 @@ Closed forms (x is the loss difference ℓ − ℓ_pt, or the loss itself with `
 
     uniform        1
     self_paced     1[x ≤ λ1]                                  Eq. 2
-    linear         clip(1 − (x − λ1)/λ2, 0, 1); λ2 = 0: self_paced    Eq. 7, the optimum of the G of
-    Eq. 5 focal          (1 − exp(−ℓ))^γ                            Eq. 8
+    linear         clip(1 − (x − λ1)/λ2, 0, 1)                Eq. 7, the optimum of the G of Eq. 5;
+                                                              λ2 = 0: self_paced
+    focal          (1 − exp(−ℓ))^γ                            Eq. 8
     hard_example   1[x > λ1], what self_paced leaves out      hard-example mining
 
 MentorNet (Fig. 1): bi-LSTM over the last T (loss, difference) pairs, embeddings of label and epoch
@@ -48,7 +49,7 @@ class ClosedForm:
             raise ValueError(f"unknown curriculum {self.kind!r}; the closed forms are: {known}")
         if self.on not in ("loss_diff", "loss"):
             raise ValueError(f"a curriculum works on 'loss_diff' or 'loss', not {self.on!r}")
-        if self.lambda2 < 0 or self.gamma < 0:
+        if not (self.lambda2 >= 0 and self.gamma >= 0):  # refuses NaN too
             raise ValueError(
                 f"lambda2 and gamma must be ≥ 0, got lambda2={self.lambda2}, gamma={self.gamma}"
             )

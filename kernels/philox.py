@@ -43,19 +43,18 @@ def philox(
     """Four independent random 32-bit words for each sample.
 
     Args:
-        seed: the key, a 64-bit integer (or a 0-d int64 tensor, so that nothing syncs with the
-            host).
+        seed: the key, a 64-bit integer, signed or not (or a 0-d int64 tensor).
         step: the training step or epoch, below 2**32 (or a 0-d int64 tensor).
-        sample: int64 tensor of sample ids, any shape.
+        sample: integer tensor of sample ids, any shape.
         stream: one of `Stream`.
 
     Returns:
         Four int64 tensors of the shape of ``sample``, values in [0, 2**32).
     """
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=sample.device)
-    step = torch.as_tensor(step, dtype=torch.int64, device=sample.device)
+    sample = sample.to(torch.int64)  # 32-bit products would overflow
+    # Integers stay Python numbers: a copy to the device would sync and could not be captured.
     c0, c1 = sample & _MASK, (sample >> 32) & _MASK
-    c2, c3 = (step & _MASK).expand_as(sample), torch.full_like(sample, int(stream))
+    c2, c3 = torch.zeros_like(sample) + (step & _MASK), torch.full_like(sample, int(stream))
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         high_b, low_b = _mul_hi_lo(_ROUND_B, c2)

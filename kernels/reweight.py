@@ -32,16 +32,20 @@ class Reweighted(NamedTuple):
     loss_moving_avg: Tensor  # 0-d, nats: ℓ_pt after this step
 
 
-def _check(logits: Tensor, labels: Tensor, curriculum: Curriculum, p: float, decay: float) -> None:
+def check_moving_average(loss_percentile: float, decay: float) -> None:
+    """Raises ValueError unless p is in [0, 1] and the decay in [0, 1)."""
+    if not 0.0 <= loss_percentile <= 1.0:
+        raise ValueError(f"loss_percentile must be in [0, 1], got {loss_percentile}")
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"decay must be in [0, 1), got {decay}")
+
+
+def _check(logits: Tensor, labels: Tensor, curriculum: Curriculum) -> None:
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         shapes = f"{list(logits.shape)} and {list(labels.shape)}"
         raise ValueError(f"logits must be [B, C] and labels [B], got {shapes}")
     if logits.shape[0] == 0:
         raise ValueError("the batch is empty: logits have 0 rows")
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"loss_percentile must be in [0, 1], got {p}")
-    if not 0.0 <= decay < 1.0:
-        raise ValueError(f"decay must be in [0, 1), got {decay}")
     if isinstance(curriculum, MentorWeights) and curriculum.use_label:
         known = curriculum.label_embedding.shape[0]
         if logits.shape[1] > known:
@@ -105,9 +109,11 @@ def reweight_ref(
     Raises:
         ValueError: shapes or parameters out of range.
     """
-    _check(logits, labels, curriculum, loss_percentile, decay)
+    _check(logits, labels, curriculum)
+    check_moving_average(loss_percentile, decay)
     valid = labels != ignore_index
-    with torch.no_grad():
+    # Under autocast a MentorNet's matrix products would lose the weight's lower bits.
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         sample_loss = cross_entropy_ref(logits, labels, ignore_index)
         # NaN means "absent" to the percentile, so a real NaN loss goes in as +inf: last too.
         present = sample_loss.masked_fill(sample_loss.isnan(), torch.inf).masked_fill(
@@ -115,13 +121,14 @@ def reweight_ref(
         )
         everyone = _gather(present, group)
         ranks = everyone.shape[0] // present.shape[0]
-        count = (~everyone.isnan()).sum().clamp(min=1) / ranks
+        count = (~everyone.isnan()).sum().clamp(min=1).to(present.dtype) / ranks
 
         new_avg = moving_average_ref(
             loss_moving_avg, percentile_ref(everyone, loss_percentile), decay
         )
         loss_diff = sample_loss - new_avg.to(sample_loss.dtype)
-        weight = sample_weight_ref(curriculum, sample_loss, loss_diff, labels, epoch_pct)
+        label_input = labels.masked_fill(~valid, 0)  # ignore_index is no row of the embedding
+        weight = sample_weight_ref(curriculum, sample_loss, loss_diff, label_input, epoch_pct)
         if dropout is not None:
             if sample_ids is None:
                 sample_ids = torch.arange(labels.shape[0], device=labels.device)

@@ -1,0 +1,130 @@
+"""Checkpoints: everything that makes the next step the same step, in files that cannot run code.
+
+A checkpoint is a folder ``step-00001234`` with
+
+    model.safetensors           the student
+    average.safetensors         its moving average, if there is one
+    state.safetensors + .json   optimiser, loss scale, ℓ_pt and step of the curriculum, …: tensors
+    and the rest rank-0.safetensors …        each rank's random states
+
+It is written under another name and renamed when complete, so a folder of that name is whole. The
+order of samples and their crops need no state: they are functions of the seed and the step.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mentorch.engine.distributed import World
+
+Tensors = dict[str, Tensor]
+
+
+def pack(tree: Any, tensors: Tensors, name: str = "") -> Any:
+    """Moves the tensors of nested dicts and lists into ``tensors``; returns the JSON-able rest."""
+    if isinstance(tree, Tensor):
+        tensors[name] = tree.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(tree, dict):  # pairs, because JSON would turn an optimiser's integer keys to text
+        return {"items": [[k, pack(v, tensors, f"{name}/{k}")] for k, v in tree.items()]}
+    if isinstance(tree, (list, tuple)):
+        return {"list": [pack(v, tensors, f"{name}/{i}") for i, v in enumerate(tree)]}
+    return {"value": tree}
+
+
+def unpack(skeleton: Any, tensors: Tensors) -> Any:
+    """The inverse of `pack` (tuples come back as lists)."""
+    kind, content = next(iter(skeleton.items()))
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "items":
+        return {key: unpack(value, tensors) for key, value in content}
+    if kind == "list":
+        return [unpack(value, tensors) for value in content]
+    return content
+
+
+def _random_states(device: torch.device) -> Tensors:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def save_checkpoint(
+    folder: Path, step: int, models: dict[str, Tensors], state: dict[str, Any], world: World
+) -> Path:
+    """Writes a checkpoint; every rank calls it, the main rank writes all but the random states.
+
+    Args:
+        folder: the run's checkpoints.
+        step: training steps taken.
+        models: state dicts by file name, "model" and perhaps "average".
+        state: nested dicts of tensors and JSON values.
+        world: the ranks.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".{final.name}.tmp"
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.wait()
+    save_file(_random_states(world.device), temporary / f"rank-{world.rank}.safetensors")
+    if world.is_main:
+        for name, tensors in models.items():
+            whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            save_file(whole, temporary / f"{name}.safetensors")
+        tensors = {}
+        skeleton = pack(state, tensors)
+        save_file(tensors, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(json.dumps(skeleton))
+    world.wait()
+    if world.is_main:
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    world.wait()
+    return final
+
+
+def load_checkpoint(path: Path, world: World) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    """Reads a checkpoint and restores this rank's random states.
+
+    A rank that the saved run did not have starts with the random states it has now.
+
+    Returns:
+        The models and the state that were saved.
+    """
+    models = {
+        name: load_file(path / f"{name}.safetensors")
+        for name in ("model", "average")
+        if (path / f"{name}.safetensors").is_file()
+    }
+    skeleton = json.loads((path / "state.json").read_text())
+    state: dict[str, Any] = unpack(skeleton, load_file(path / "state.safetensors"))
+    random_file = path / f"rank-{world.rank}.safetensors"
+    if random_file.is_file():
+        random = load_file(random_file)
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and world.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], world.device)
+    return models, state
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step-????????"))
+
+
+def prune(folder: Path, keep: int, best: str | None) -> None:
+    """Deletes all but the latest ``keep`` checkpoints and the best one."""
+    for path in checkpoints(folder)[:-keep]:
+        if path.name != best:
+            shutil.rmtree(path)

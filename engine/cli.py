@@ -1,0 +1,69 @@
+"""Command lines, made from signatures and dataclasses: `mentorch …` and the recipes' options."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from mentorch.engine.config import C, load_config
+
+USER_ERROR = 2  # exit status
+_USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ImportError)
+
+
+def run_cleanly(function: Callable[[], Any]) -> int:
+    """Runs a command; what is wrong with the input becomes one line and exit status 2."""
+    try:
+        result = function()
+    except _USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return result if isinstance(result, int) else 0
+
+
+def parse(kind: type[C], default: C, arguments: Sequence[str] | None = None) -> C:
+    """A recipe's configuration from its defaults, or a run's saved ones, and the command line.
+
+    Args:
+        kind: the recipe's dataclass.
+        default: its values where the command line says nothing.
+        arguments: of the command line; the process's own by default.
+
+    Raises:
+        ValueError, FileNotFoundError: ``--resume`` names no run folder of this recipe.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    folder = _value_of("--resume", arguments)
+    if folder is not None:
+        default = load_config(Path(folder) / "config.json", kind)
+    about = sys.modules["__main__"].__doc__
+    return tyro.cli(kind, default=default, args=arguments, description=about)
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    for at, word in enumerate(arguments):
+        if word == option and at + 1 < len(arguments):
+            return arguments[at + 1]
+        if word.startswith(f"{option}="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def main() -> None:
+    """`mentorch`: index, noise, train-mentor."""
+    from mentorch.engine.data import commands
+    from mentorch.engine.mentor_training import train_mentor
+
+    app = tyro.extras.SubcommandApp()
+    index = tyro.extras.SubcommandApp()
+    for function in (commands.webvision, commands.imagenet, commands.folder):
+        index.command(function)
+    app.command(index, name="index", help="Make the index of a data set; verify its images.")
+    app.command(commands.noise)
+    app.command(train_mentor)
+    sys.exit(run_cleanly(lambda: app.cli(description="mentorch")))

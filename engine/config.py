@@ -1,0 +1,238 @@
+"""The whole run as dataclasses: every field says what it means and in what unit.
+
+Command lines are made from them (`mentorch.engine.cli`), the resolved values are saved in the run
+folder, and reading them back refuses unknown keys.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import cattrs
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+def _at_least(config: object, least: float, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
+
+
+def _share(config: object, *names: str) -> None:
+    for name in names:
+        if not 0.0 <= getattr(config, name) <= 1.0:
+            raise ValueError(f"{name} is a share in [0, 1], got {getattr(config, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained and evaluated on, and how images are cut and streamed."""
+
+    train: Path | None = None
+    """Training data: a data set's folder, or an index (.parquet) that `mentorch index` wrote."""
+    evaluate: dict[str, Path] = field(default_factory=dict)
+    """Validation sets by name: folders or indexes. Their classes are matched to those trained."""
+    sources: tuple[str, ...] = ()
+    """Train on samples of these sources only (WebVision: google, flickr); all when empty."""
+    max_label: int | None = None
+    """Train on labels below this number only (WebVision mini: 50); all when None."""
+    image_size: int = 299
+    """Side of the images the student sees, pixels."""
+    resize: int = 320
+    """Evaluation: side the shorter edge is resized to before the centre is cut, pixels."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Training: share of an image's area that a random crop covers, from–to."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Training: width over height of a random crop, from–to."""
+    mirror: bool = True
+    """Training: mirror every other image."""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Subtracted from pixels in [0, 1], by channel."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Divided by after that, by channel."""
+    threads: int = 0
+    """Decoding threads a rank; 0 shares the machine's cores out among its ranks."""
+    read_threads: int = 8
+    """Files read at the same time, a rank. Reading waits for storage: more than cores is right."""
+    read_ahead: int = 4
+    """Batches whose files are read ahead of the decoder."""
+    prefetch: int = 2
+    """Decoded batches kept ready (DALI's prefetch_queue_depth)."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "image_size", "resize", "read_threads", "prefetch")
+        _at_least(self, 0, "read_ahead", "threads")
+        if self.image_size > self.resize:
+            raise ValueError(
+                f"resize ({self.resize}) must be at least image_size ({self.image_size}): the "
+                "centre that is cut cannot be larger than the image"
+            )
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale must be 0 < from ≤ to ≤ 1, got {self.crop_scale}")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"crop_ratio must be 0 < from ≤ to, got {self.crop_ratio}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The network that is trained (g_s)."""
+
+    name: str = "inception_resnet_v2"
+    """A model of timm, by its name there."""
+    drop_rate: float = 0.2
+    """Dropout before the classifier, share of features."""
+    channels_last: bool = True
+    """Keep activations in NHWC memory order, which tensor cores want."""
+
+    def __post_init__(self) -> None:
+        _share(self, "drop_rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """How much each sample is trusted (g_m)."""
+
+    name: str = "pd"
+    """A closed form (uniform, self_paced, linear, focal, hard_example), a MentorNet that ships with
+    the package (pd), or a .safetensors file. uniform with burn_in 0 is plain cross-entropy."""
+    loss_percentile: float = 0.75
+    """p of the loss percentile ℓ_pt; roughly the share of labels that is right."""
+    decay: float = 0.95
+    """Of the moving average of that percentile, per step."""
+    burn_in: float = 0.2
+    """Share of training before the curriculum sets in."""
+    burn_in_dropout: float = 0.5
+    """Share of samples dropped at random during burn-in."""
+    example_dropout: float = 0.0
+    """Share of samples dropped at random after burn-in."""
+    exact_dropout: bool = False
+    """Drop an exact count of samples, as the released code does, instead of tossing coins."""
+    percentile_over: Literal["global", "local"] = "global"
+    """Take the percentile over the batches of all ranks, or of each rank for itself."""
+
+    def __post_init__(self) -> None:
+        _share(self, "loss_percentile", "burn_in")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """SGD with momentum and its schedule."""
+
+    implementation: Literal["auto", "torch", "apex"] = "auto"
+    """NVIDIA apex's FusedSGD or torch's fused SGD; auto takes apex where it is really installed."""
+    lr: float = 0.1
+    """Learning rate after the warm-up, for the whole (global) batch."""
+    momentum: float = 0.9
+    """Of SGD."""
+    nesterov: bool = False
+    """Nesterov's momentum."""
+    weight_decay: float = 1e-4
+    """θ of Eq. 1 (as the factor of w in the gradient); norms and biases are left out."""
+    scale_weight_decay: bool = False
+    """Multiply the weight decay by the batch's mean sample weight, as the released code does."""
+    warmup_epochs: float = 1.0
+    """Epochs over which the learning rate rises linearly from near 0."""
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    """What follows the warm-up: down to 0 along a cosine, or times `gamma` at every milestone."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Of the step schedule, as shares of training."""
+    gamma: float = 0.1
+    """Factor of the learning rate at a milestone."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    average_decay: float = 0.0
+    """Decay of the moving average of the student's weights, per step; 0 keeps no average. Where
+    there is one, it is what is evaluated."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "lr", "momentum", "weight_decay", "warmup_epochs", "clip_norm", "gamma")
+        if not 0.0 <= self.average_decay < 1.0:
+            raise ValueError(f"average_decay must be in [0, 1), got {self.average_decay}")
+        for share in self.milestones:
+            if not 0.0 < share < 1.0:
+                raise ValueError(f"milestones are shares of training in (0, 1), got {share}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how much at a time, and how precisely."""
+
+    epochs: int = 90
+    """Passes over the training samples."""
+    batch_size: int = 256
+    """Samples a step over all ranks together; the number of ranks must divide it."""
+    eval_batch_size: int = 0
+    """The same for evaluation; 0 takes `batch_size`."""
+    precision: Precision = "auto"
+    """Of the student's forward and backward pass (autocast): bf16 where the hardware has it, fp16
+    (with loss scaling), fp32; auto is bf16 or fp32."""
+    evaluate_every: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints; the end and a stop always write one."""
+    keep_checkpoints: int = 2
+    """How many checkpoints are kept, the latest; the best by top-1 on the first set is kept too."""
+    log_every: int = 50
+    """Steps between lines of metrics. Between them the host does not wait for the device."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            self, 1, "epochs", "batch_size", "evaluate_every", "checkpoint_every", "log_every"
+        )
+        _at_least(self, 1, "keep_checkpoints")
+        _at_least(self, 0, "eval_batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run."""
+
+    name: str = "run"
+    """First part of the run folder's name."""
+    out: Path = Path("runs")
+    """Folder that run folders are made in."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: a GPU a rank where there are any."""
+    seed: int = 0
+    """Of initialisation, order, crops and dropout. Label noise has its own, in the index."""
+    resume: Path | None = None
+    """Run folder to go on with, from its latest checkpoint. Its saved configuration takes the place
+    of the defaults, so that nothing else need be given."""
+    data: DataConfig = field(default_factory=DataConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    converter.register_structure_hook(Path, lambda value, _: Path(value))
+    return converter
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Writes the resolved configuration as JSON."""
+    path.write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
+
+
+def load_config(path: Path, kind: type[C]) -> C:
+    """Reads what `save_config` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unknown or ill-typed keys, all of them named.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is not a run folder: it has no {path.name}")
+    try:
+        return _converter().structure(json.loads(path.read_text()), kind)
+    except (json.JSONDecodeError, cattrs.BaseValidationError) as error:
+        problems = "; ".join(cattrs.transform_error(error, path=path.name))
+        raise ValueError(f"{path} is not a configuration of this recipe: {problems}") from error

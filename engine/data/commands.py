@@ -1,0 +1,106 @@
+"""What `mentorch index …` and `mentorch noise` run: functions whose signatures are the options."""
+
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from mentorch.engine.data.folder import index_folder
+from mentorch.engine.data.imagenet import index_imagenet
+from mentorch.engine.data.index import Index
+from mentorch.engine.data.webvision import index_webvision
+
+
+def webvision(
+    root: Positional[Path],
+    *,
+    out: Path | None = None,
+    workers: int | None = None,
+    reverify: bool = False,
+) -> Index:
+    """Index WebVision 1.0 and verify every image.
+
+    Args:
+        root: the folder that holds info/ (the lists), google/, flickr/ and val_images_256/.
+        out: the Parquet file to write; by default ROOT/webvision.index.parquet.
+        workers: processes that verify; by default one a core, 0 is none besides this one.
+        reverify: decode every image again, also those that an earlier index knows.
+    """
+    return index_webvision(root, out=out, workers=workers, reverify=reverify)
+
+
+def imagenet(
+    root: Positional[Path],
+    *,
+    out: Path | None = None,
+    workers: int | None = None,
+    reverify: bool = False,
+    val_list: Path | None = None,
+    synsets: Path | None = None,
+) -> Index:
+    """Index ImageNet (ILSVRC-2012: train/, val/ or both) and verify every image.
+
+    Args:
+        root: the folder that holds train/<wnid>/, val/ or both.
+        out: the Parquet file to write; by default ROOT/imagenet.index.parquet.
+        workers: processes that verify; by default one a core, 0 is none besides this one.
+        reverify: decode every image again, also those that an earlier index knows.
+        val_list: the labels of a val/ without class folders, if they are not found by themselves.
+        synsets: the class list, a line "wnid names…" a class, if it is not found by itself.
+    """
+    return index_imagenet(
+        root, out=out, workers=workers, reverify=reverify, val_list=val_list, synsets=synsets
+    )
+
+
+def folder(
+    root: Positional[Path],
+    *,
+    out: Path | None = None,
+    workers: int | None = None,
+    reverify: bool = False,
+) -> Index:
+    """Index a folder of class folders and verify every image.
+
+    Args:
+        root: the folder that holds train/<class>/… (and val/<class>/…), or <class>/….
+        out: the Parquet file to write; by default ROOT/folder.index.parquet.
+        workers: processes that verify; by default one a core, 0 is none besides this one.
+        reverify: decode every image again, also those that an earlier index knows.
+    """
+    return index_folder(root, out=out, workers=workers, reverify=reverify)
+
+
+def noise(
+    index: Positional[Path],
+    *,
+    rate: float,
+    kind: Literal["symmetric", "symmetric-other"] = "symmetric",
+    seed: int = 0,
+    split: str = "train",
+    max_label: int | None = None,
+    out: Path | None = None,
+) -> Index:
+    """Inject symmetric label noise into an index; the images are not touched.
+
+    Args:
+        index: the Parquet file of an index without injected noise.
+        rate: probability that a label is replaced, from 0 to 1.
+        kind: symmetric draws from all classes (the MentorNet paper), symmetric-other from the others.
+        seed: what the noise depends on, besides each sample's id.
+        split: the split that gets noise.
+        max_label: noise only among the labels below this (50 is WebVision's mini protocol).
+        out: the Parquet file to write; by default beside INDEX, named by kind, rate and seed.
+    """
+    from mentorch.engine.data.noise import add_symmetric_noise  # imports torch
+
+    out = out or index.with_name(f"{index.stem}.{kind}-{rate:g}-seed{seed}.parquet")
+    if out.exists() and out.samefile(index):
+        raise ValueError(f"--out {out} is the index without noise itself; give it another name")
+    noisy = add_symmetric_noise(
+        Index.read(index, need_root=False), rate, kind, seed, split, max_label
+    )
+    noisy.write(out)
+    assert noisy.noise is not None
+    print(f"{out}: {noisy.noise['wrong_share']:.4f} of the labels of {split} are wrong")
+    return noisy

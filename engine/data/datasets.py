@@ -1,0 +1,129 @@
+"""From what a user points at, a folder or an index, to the samples of a run."""
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+
+from mentorch.engine.config import DataConfig
+from mentorch.engine.data.build import default_out
+from mentorch.engine.data.folder import index_folder
+from mentorch.engine.data.imagenet import index_imagenet, match_labels
+from mentorch.engine.data.index import Index
+from mentorch.engine.data.order import Ids
+from mentorch.engine.data.webvision import index_webvision
+from mentorch.engine.distributed import World
+
+_WNID = re.compile(r"n\d{8}$")
+_INDEXERS: dict[str, Callable[[Path], Index]] = {
+    "webvision": index_webvision,
+    "imagenet": index_imagenet,
+    "folder": index_folder,
+}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Part of an index: which rows, and the student's class of every row.
+
+    Attributes:
+        index: the data set.
+        sample_ids: the rows used.
+        labels_N: class of every row of the index among the student's classes; -1 for none.
+    """
+
+    index: Index
+    sample_ids: Ids
+    labels_N: Ids
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a run trains and evaluates on."""
+
+    classes: tuple[str, ...]
+    train: Samples
+    evaluate: dict[str, Samples]
+
+
+def kind_of_folder(root: Path) -> str:
+    """Which data set's layout a folder has: "webvision", "imagenet" or "folder"."""
+    for info in (root / "info", root):
+        if (info / "synsets.txt").is_file() and any(info.glob("train_filelist_*.txt")):
+            return "webvision"
+    for split in (root / "train", root / "val"):
+        names = (entry.name for entry in split.iterdir()) if split.is_dir() else ()
+        if any(_WNID.match(name) or name.startswith("ILSVRC2012_val_") for name in names):
+            return "imagenet"
+    return "folder"
+
+
+def open_index(path: Path, world: World) -> Index:
+    """Opens an index, or that of a data set's folder, which the main rank makes if there is none.
+
+    Raises:
+        FileNotFoundError: nothing at that path.
+        ValueError: no index and no data set that could be indexed.
+    """
+    if path.is_file():
+        return Index.read(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no data set or index at {path}")
+    kind = kind_of_folder(path)
+    file = default_out(path, kind, None)
+    if world.is_main and not file.is_file():
+        print(f"Indexing {path} (once; the result is {file})")
+        _INDEXERS[kind](path)
+    world.wait()
+    for _ in range(30):  # a shared file system may show the file a little later
+        if file.is_file():
+            return Index.read(file)
+        time.sleep(1)
+    raise FileNotFoundError(
+        f"{file}, which the main rank wrote, is not on this host. Use storage all hosts share, or "
+        f"run `mentorch index {kind} {path}` on each"
+    )
+
+
+def open_datasets(config: DataConfig, world: World) -> Datasets:
+    """Opens everything a run needs; classes are those of the training samples.
+
+    Raises:
+        ValueError: no training set, an empty selection, or a validation set without a class in
+            common.
+        FileNotFoundError: nothing at a path.
+    """
+    if config.train is None:
+        raise ValueError("no training data: give --data.train a data set's folder or an index")
+    index = open_index(config.train, world)
+    classes = index.classes[: config.max_label]
+    chosen = index.select("train", sources=config.sources or None, max_label=config.max_label)
+    train = Samples(index, chosen, index.labels())
+    evaluate = {
+        name: _validation(name, open_index(path, world), classes)
+        for name, path in config.evaluate.items()
+    }
+    return Datasets(classes, train, evaluate)
+
+
+def bad_files(index: Index) -> list[tuple[str, str]]:
+    """Path and status of every image that is missing or broken, which nothing trains on."""
+    bad = index.table.filter(pc.not_equal(index.table["status"], "ok"))
+    return list(zip(bad["path"].to_pylist(), bad["status"].to_pylist(), strict=True))
+
+
+def _validation(name: str, index: Index, classes: tuple[str, ...]) -> Samples:
+    """The validation samples whose class, by its id, is one the student is trained on."""
+    labels = match_labels(index, classes)
+    ids = index.select("val")
+    ids = ids[labels[ids] >= 0]
+    if not len(ids):
+        raise ValueError(
+            f"validation set {name!r} ({index.root}) has no class of the training set: its ids are "
+            f"{', '.join(index.classes[:3])}, …, those trained {', '.join(classes[:3])}, …"
+        )
+    return Samples(index, ids, np.asarray(labels, dtype=np.int64))

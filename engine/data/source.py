@@ -1,0 +1,124 @@
+"""Reads the files of batches ahead of time, and never fails for what is in a file.
+
+The bytes are ours before they are DALI's: a file that is gone or is no image becomes a tiny valid
+JPEG under the sample id `PADDING`, so no batch is lost, ranks stay in step and the row counts
+nowhere.
+"""
+
+import io
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mentorch.engine.data.crops import Sizes, Windows
+from mentorch.engine.data.index import Index
+from mentorch.engine.data.order import PADDING, Ids
+from mentorch.engine.data.probe import has_jpeg_end, sniff_format
+
+log = logging.getLogger(__name__)
+
+Bytes = NDArray[np.uint8]
+Cut = Callable[[Sizes, Ids, int], Windows]  # sizes [B, 2], sample ids [B], epoch
+
+
+class EncodedBatch(NamedTuple):
+    """What goes into the DALI graph: files, windows and ids of one batch."""
+
+    files: list[Bytes]  # encoded, as on disk
+    start: NDArray[np.float32]  # [B, 2] window start, relative, height first
+    shape: NDArray[np.float32]  # [B, 2]
+    flip: NDArray[np.int32]  # [B]
+    sample_ids: Ids  # [B]; PADDING where the row is no sample
+
+
+def _placeholder() -> Bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (128, 128, 128)).save(file, "JPEG")
+    return np.frombuffer(file.getvalue(), np.uint8)
+
+
+PLACEHOLDER = _placeholder()
+
+
+def read_image(path: Path) -> Bytes | str:
+    """The bytes of an image file, or why they are none."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return error.strerror or str(error)
+    kind = sniff_format(data[:32])
+    if kind is None:
+        return "not an image that DALI decodes"
+    if kind == "JPEG" and not has_jpeg_end(data):
+        return "truncated JPEG"
+    return np.frombuffer(data, np.uint8)
+
+
+class BatchSource:
+    """Yields encoded batches in order, with the next ones being read in the background.
+
+    Args:
+        index: where the files are.
+        cut: from image sizes, sample ids and epoch to windows.
+        threads: files read at the same time.
+        read_ahead: batches being read while one is handed out.
+    """
+
+    def __init__(self, index: Index, cut: Cut, threads: int, read_ahead: int) -> None:
+        self.root, self.paths, self.sizes = index.root, index.paths(), index.sizes()
+        self.cut = cut
+        self.read_ahead = read_ahead
+        self.unreadable: dict[int, str] = {}  # sample id → reason, as found while streaming
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mentorch-read")
+
+    def batches(self, plan: Iterator[tuple[Ids, int]]) -> Iterator[EncodedBatch]:
+        """The batches of a plan.
+
+        Args:
+            plan: sample ids [B] and epoch of each batch.
+        """
+        waiting: deque[tuple[Ids, int, list[Future[Bytes | str]]]] = deque()
+        for sample_ids, epoch in plan:
+            waiting.append((sample_ids, epoch, self._start_reading(sample_ids)))
+            if len(waiting) > self.read_ahead:
+                yield self._assemble(*waiting.popleft())
+        while waiting:
+            yield self._assemble(*waiting.popleft())
+
+    def _start_reading(self, sample_ids: Ids) -> list[Future[Bytes | str]]:
+        real = sample_ids[sample_ids != PADDING]
+        names = self.paths.take(real).to_pylist()
+        return [self._pool.submit(read_image, self.root / name) for name in names]
+
+    def _assemble(
+        self, sample_ids: Ids, epoch: int, reads: list[Future[Bytes | str]]
+    ) -> EncodedBatch:
+        sample_ids = sample_ids.copy()
+        sizes = np.where((sample_ids == PADDING)[:, None], 1, self.sizes[sample_ids])
+        windows = self.cut(sizes.astype(np.int32), sample_ids, epoch)
+        files = [PLACEHOLDER] * len(sample_ids)
+        for row, read in zip(np.flatnonzero(sample_ids != PADDING), reads, strict=True):
+            data = read.result()
+            if isinstance(data, str):
+                self._note(int(sample_ids[row]), data)
+                sample_ids[row] = PADDING
+            else:
+                files[row] = data
+        return EncodedBatch(files, windows.start_HW, windows.shape_HW, windows.flip, sample_ids)
+
+    def _note(self, sample_id: int, reason: str) -> None:
+        if sample_id not in self.unreadable:
+            path = self.root / self.paths[sample_id].as_py()
+            log.warning("skipping %s: %s", path, reason)
+            self.unreadable[sample_id] = reason
+
+    def close(self) -> None:
+        """Stops the reading threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)

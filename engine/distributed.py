@@ -1,0 +1,79 @@
+"""torch.distributed, always: under torchrun with any number of ranks, and alone with one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among the ranks, and its device."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    patient: dist.ProcessGroup | None = None
+    """CPU group with a day's time-out, for waiting on one rank's file work."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and prints."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Waits for all ranks, for as long as indexing or a checkpoint may take."""
+        if self.patient is not None:
+            dist.barrier(group=self.patient)
+
+    def from_main(self, value: T) -> T:
+        """The main rank's value, on every rank (anything JSON-like)."""
+        if self.patient is None:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, group=self.patient)
+        return box[0]  # type: ignore[no-any-return]
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted != "cuda":
+        return torch.device(wanted)
+    if not torch.cuda.is_available():
+        raise ValueError("device='cuda' was asked for, but torch sees no CUDA GPU here")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def distributed(device: str = "auto") -> Iterator[World]:
+    """Joins the ranks torchrun started (or makes a world of one) and leaves them at the end.
+
+    Args:
+        device: "auto" takes a GPU a rank where there are any, otherwise the CPU.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    chosen = _device(device)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, device_id=chosen if chosen.type == "cuda" else None)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    try:
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        assert isinstance(patient, dist.ProcessGroup)  # every rank is in it
+        yield World(dist.get_rank(), dist.get_world_size(), chosen, patient)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,308 @@
+"""The whole job: open the data, train the student under its curriculum, evaluate, keep a record."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from mentorch.engine import checkpoint
+from mentorch.engine.config import RunConfig, save_config
+from mentorch.engine.data.datasets import Datasets, Samples, bad_files, open_datasets
+from mentorch.engine.data.pipelines import Loader
+from mentorch.engine.distributed import World, distributed
+from mentorch.engine.evaluate import Accuracy, evaluate, share_buffers
+from mentorch.engine.spade import Spade
+from mentorch.engine.telemetry import Telemetry, describe_environment
+
+STOPPED = 130  # exit status of a run that was asked to stop and can be resumed
+
+
+@dataclass
+class StopRequest:
+    """Set by the first Ctrl-C or SIGTERM; a second one interrupts at once."""
+
+    asked: bool = False
+
+    @contextmanager
+    def listening(self) -> Iterator["StopRequest"]:
+        """Listens for the signals inside the block."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._ask) for number in numbers}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@dataclass
+class Scores:
+    """Last and best accuracy on each validation set."""
+
+    last: dict[str, dict[str, float]] = field(default_factory=dict)
+    best: dict[str, dict[str, float]] = field(default_factory=dict)
+    best_checkpoint: str | None = None
+
+    def add(self, name: str, accuracy: Accuracy, epoch: int) -> bool:
+        """Notes a result; True when it is the best of its set so far."""
+        row = {"epoch": epoch, **asdict(accuracy)}
+        self.last[name] = row
+        if name in self.best and accuracy.top1 <= self.best[name]["top1"]:
+            return False
+        self.best[name] = row
+        return True
+
+
+class Job:
+    """One run on one rank.
+
+    Args:
+        config: the run.
+        world: the ranks.
+        folder: the run folder.
+    """
+
+    def __init__(self, config: RunConfig, world: World, folder: Path) -> None:
+        self.config, self.world, self.folder = config, world, folder
+        self.batch_size = _per_rank(config.train.batch_size, world, "train.batch_size")
+        self.datasets = open_datasets(config.data, world)
+        self.loader = self._loader(self.datasets.train, self.batch_size, train=True)
+        labels = torch.from_numpy(self.datasets.train.labels_N).to(world.device)
+        steps = self.loader.steps_per_epoch
+        self.spade = Spade(config, labels, len(self.datasets.classes), steps, world)
+        self.scores = Scores()
+        if config.resume:
+            self._resume()
+        self._make_folder()
+        self.telemetry = Telemetry(
+            folder, world.is_main, self.spade.step_count, self.spade.total_steps
+        )
+
+    def _make_folder(self) -> None:
+        if self.world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.folder / "config.json")
+            environment = json.dumps(describe_environment(self.world.device), indent=2)
+            (self.folder / "versions.json").write_text(environment + "\n")
+        self.world.wait()
+
+    def _loader(self, samples: Samples, batch_size: int, train: bool) -> Loader:
+        return Loader(
+            samples.index,
+            samples.sample_ids,
+            batch_size=batch_size,
+            config=self.config.data,
+            train=train,
+            seed=self.config.seed,
+            world=self.world,
+        )
+
+    def _resume(self) -> None:
+        found = checkpoint.checkpoints(self.folder / "checkpoints")
+        if not found:
+            raise FileNotFoundError(f"{self.folder} has no complete checkpoint to go on from")
+        models, state = checkpoint.load_checkpoint(found[-1], self.world)
+        self.spade.load(models, state["spade"])
+        self.scores = Scores(**state["scores"])
+
+    def run(self, stop: StopRequest) -> bool:
+        """Trains to the end or until asked to stop; True when it reached the end."""
+        self._introduce()
+        spade, train = self.spade, self.config.train
+        batches = self.loader.batches(spade.step_count, train.epochs)
+        for step in spade.train(batches):
+            self.telemetry.advance()
+            stopping = stop.asked and self.world.world_size == 1
+            epoch_ends = step % spade.steps_per_epoch == 0
+            if epoch_ends or step % train.log_every == 0 or stopping:
+                stopping = self._log(step, stop.asked)
+            if epoch_ends:
+                self._end_of_epoch(step // spade.steps_per_epoch)
+            if stopping and step < spade.total_steps:
+                self._save()
+                self._say_how_to_resume()
+                return False
+        self._summarize()
+        return True
+
+    def _log(self, step: int, stop_asked: bool) -> bool:
+        """Metrics since the last time; True when any rank was asked to stop."""
+        metrics, stopping = self.spade.metrics(stop_asked)
+        metrics |= self.telemetry.speed(step, self.config.train.batch_size)
+        self.telemetry.log(step, "train", metrics)
+        if self.world.is_main:
+            self.telemetry.say(_train_line(step, self.spade, metrics))
+        return stopping
+
+    def _end_of_epoch(self, epoch: int) -> None:
+        train = self.config.train
+        last = epoch == train.epochs
+        best = False
+        if last or epoch % train.evaluate_every == 0:
+            best = self._evaluate(epoch)
+        if last or best or epoch % train.checkpoint_every == 0:
+            self._save(best)
+        self.telemetry.restart_clock()
+
+    def _evaluate(self, epoch: int) -> bool:
+        """Evaluates on every set; True when the first set's top-1 is the best so far."""
+        train, spade, best = self.config.train, self.spade, []
+        batch_size = _per_rank(
+            train.eval_batch_size or train.batch_size, self.world, "train.eval_batch_size"
+        )
+        for name, samples in self.datasets.evaluate.items():
+            loader = self._loader(samples, batch_size, train=False)
+            labels = torch.from_numpy(samples.labels_N).to(self.world.device)
+            accuracy = evaluate(
+                spade.trained, loader, labels, self.config.data, spade.dtype, self.world
+            )
+            loader.close()
+            best.append(self.scores.add(name, accuracy, epoch))
+            self.telemetry.log(spade.step_count, f"eval/{name}", asdict(accuracy))
+            self.telemetry.say(
+                f"epoch {epoch}  {name}: top-1 {accuracy.top1:.4f}  top-5 {accuracy.top5:.4f}  "
+                f"on {accuracy.images:,} images"
+            )
+        return bool(best) and best[0]
+
+    def _save(self, best: bool = False) -> None:
+        folder, spade = self.folder / "checkpoints", self.spade
+        share_buffers(spade.student, self.world)
+        if best:
+            self.scores.best_checkpoint = f"step-{spade.step_count:08d}"
+        state = {"spade": spade.state(), "scores": asdict(self.scores)}
+        checkpoint.save_checkpoint(folder, spade.step_count, spade.models(), state, self.world)
+        if self.world.is_main:
+            keep = self.config.train.keep_checkpoints
+            checkpoint.prune(folder, keep, self.scores.best_checkpoint)
+
+    def _introduce(self) -> None:
+        say, data, spade = self.telemetry.say, self.datasets, self.spade
+        count = sum(p.numel() for p in spade.student.parameters())
+        say(
+            f"{self.config.student.name} ({count / 1e6:.1f} M parameters, {len(data.classes)} "
+            f"classes, {spade.dtype}) under curriculum {self.config.curriculum.name!r}, on "
+            f"{self.world.world_size} × {self.world.device.type}"
+        )
+        say(
+            f"{len(data.train.sample_ids):,} training samples, {spade.steps_per_epoch:,} steps an "
+            f"epoch, {spade.total_steps:,} in all; {spade.step_count:,} taken"
+        )
+        for line in _label_notes(data):
+            say(line)
+        say(f"run folder: {self.folder}")
+
+    def _say_how_to_resume(self) -> None:
+        self.telemetry.say(
+            f"stopped after step {self.spade.step_count:,} of {self.spade.total_steps:,}; "
+            f"go on with\n    {_launcher(self.world)} --resume {self.folder}"
+        )
+
+    def _summarize(self) -> None:
+        if not self.world.is_main:
+            return
+        unreadable = self.loader.unreadable()
+        summary = {
+            "steps": self.spade.step_count,
+            "epochs": self.config.train.epochs,
+            "last": self.scores.last,
+            "best": self.scores.best,
+            "noise": self.datasets.train.index.noise,
+            "seed": self.config.seed,
+            "unreadable_files": {
+                self.datasets.train.index.path(i): why for i, why in unreadable.items()
+            },
+        }
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        self.telemetry.say(_table(self.scores))
+
+    def close(self) -> None:
+        """Stops threads and closes files."""
+        self.loader.close()
+        self.telemetry.close()
+
+
+def _per_rank(batch_size: int, world: World, name: str) -> int:
+    if batch_size % world.world_size:
+        raise ValueError(
+            f"{name} is {batch_size}, which {world.world_size} ranks cannot share out evenly"
+        )
+    return batch_size // world.world_size
+
+
+def _train_line(step: int, spade: Spade, metrics: dict[str, float]) -> str:
+    return (
+        f"step {step:,}/{spade.total_steps:,}  epoch {(step - 1) // spade.steps_per_epoch + 1}  "
+        f"loss {metrics['loss']:.3f}  weighted {metrics['weighted_loss']:.3f}  "
+        f"used {metrics['data_utilization']:.0%}  ℓ_pt {metrics['loss_moving_avg']:.3f}  "
+        f"lr {metrics['lr']:.4f}  {metrics['images_per_s']:.1f} images/s  "
+        f"{metrics['eta_s'] / 60:.1f} min left"
+    )
+
+
+def _label_notes(data: Datasets) -> Iterator[str]:
+    """What is known about the training labels and files."""
+    index, ids = data.train.index, data.train.sample_ids
+    clean = index.clean_labels()[ids]
+    known = clean >= 0
+    if known.any():
+        wrong = (clean != index.labels()[ids])[known].mean()
+        yield f"{known.sum():,} of them have a known clean label; {wrong:.1%} of those are wrong"
+    bad = bad_files(index)
+    if bad:
+        yield f"{len(bad):,} files of {index.root} are left out:"
+        yield from (f"    {path}: {status}" for path, status in bad[:10])
+
+
+def _launcher(world: World) -> str:
+    """How this process was started, as far as it matters for starting it again."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return f"python {sys.argv[0]}"
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return f"torchrun --nproc-per-node {ranks} {sys.argv[0]}"
+
+
+def _table(scores: Scores) -> str:
+    rows = [f"{'validation set':<16}{'images':>8}  last top-1  top-5   best top-1  top-5  (epoch)"]
+    for name, last in scores.last.items():
+        best = scores.best[name]
+        rows.append(
+            f"{name:<16}{last['images']:>8,}  {last['top1']:>10.4f}  {last['top5']:.4f}  "
+            f"{best['top1']:>10.4f}  {best['top5']:.4f} ({best['epoch']})"
+        )
+    return "\n".join(rows)
+
+
+def _run_folder(config: RunConfig, world: World) -> Path:
+    if config.resume:
+        return config.resume
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path(world.from_main(str(config.out / f"{config.name}-{stamp}")))
+
+
+def run(config: RunConfig) -> int:
+    """Runs a job on this rank.
+
+    Returns:
+        The process's exit status: 0 at the end of training, 130 when stopped and resumable.
+    """
+    with distributed(config.device) as world, StopRequest().listening() as stop:
+        folder = _run_folder(config, world)
+        job = Job(config, world, folder)
+        try:
+            return 0 if job.run(stop) else STOPPED
+        finally:
+            job.close()

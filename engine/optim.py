@@ -1,0 +1,107 @@
+"""SGD with momentum, its learning-rate schedule, and the weight decay of Eq. 1."""
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+
+from mentorch.engine.config import OptimConfig
+
+
+def has_nvidia_apex() -> bool:
+    """True when NVIDIA's apex is installed, not the unrelated package of that name on the registry.
+
+    Nothing is imported: NVIDIA's has optimizers/fused_sgd.py and the compiled extension amp_C.
+    """
+    spec = find_spec("apex")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    has_file = any((Path(folder) / "optimizers" / "fused_sgd.py").is_file() for folder in folders)
+    return has_file and find_spec("amp_C") is not None
+
+
+def create_optimizer(config: OptimConfig, student: nn.Module) -> torch.optim.Optimizer:
+    """SGD over the student's weights; decay on matrices and filters only.
+
+    With ``scale_weight_decay`` the optimiser itself does not decay: `add_weight_decay` does, by an
+    amount that is known on the device only.
+
+    Raises:
+        ValueError: apex was asked for and is not there.
+    """
+    decay = 0.0 if config.scale_weight_decay else config.weight_decay
+    groups = param_groups_weight_decay(student, decay)
+    on_gpu = next(student.parameters()).is_cuda
+    if config.implementation == "apex" and not (on_gpu and has_nvidia_apex()):
+        raise ValueError(
+            "implementation='apex' needs a GPU and NVIDIA apex, built from its source (the package "
+            "called apex on the registry is something else). 'auto' does without"
+        )
+    if config.implementation != "torch" and on_gpu and has_nvidia_apex():
+        from apex.optimizers import FusedSGD  # a source build
+
+        apex_sgd: torch.optim.Optimizer = FusedSGD(
+            groups, config.lr, config.momentum, nesterov=config.nesterov
+        )
+        return apex_sgd
+    return torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov, fused=True)
+
+
+def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
+    """The learning rate of a step: a pure function, so there is no scheduler state to resume.
+
+    Args:
+        config: warm-up and schedule.
+        step: counted from 0.
+        steps_per_epoch: for the warm-up's length.
+        total_steps: of training.
+    """
+    warmup_steps = config.warmup_epochs * steps_per_epoch
+    if step < warmup_steps:
+        return config.lr * (step + 1) / (warmup_steps + 1)
+    if config.schedule == "cosine":
+        progress = (step - warmup_steps) / max(1.0, total_steps - warmup_steps)
+        return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if config.schedule == "step":
+        passed = sum(step >= share * total_steps for share in config.milestones)
+        return config.lr * config.gamma**passed
+    return config.lr
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the rate of all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def add_weight_decay(
+    optimizer: torch.optim.Optimizer, weight_decay: float, mean_weight: Tensor, world_size: int
+) -> None:
+    """Adds weight_decay · v̄ · w to the gradients, v̄ the mean sample weight of the global batch.
+
+    The released code's form: a batch of which little is trusted decays little. Nothing syncs with
+    the host.
+
+    Args:
+        optimizer: made with ``scale_weight_decay``; its first group has no decay (norms, biases).
+        weight_decay: θ of Eq. 1.
+        mean_weight: 0-d, v̄ of this rank.
+        world_size: number of ranks.
+    """
+    if world_size > 1:
+        mean_weight = mean_weight.clone()
+        dist.all_reduce(mean_weight)
+        mean_weight /= world_size
+    pairs = [(p, p.grad) for p in _decayed(optimizer) if p.grad is not None]
+    weights, gradients = [p for p, _ in pairs], [gradient for _, gradient in pairs]
+    decay = list(torch._foreach_mul(weights, mean_weight * weight_decay))
+    torch._foreach_add_(gradients, decay)
+
+
+def _decayed(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Parameters that decay: timm's rule, those with more than one dimension."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.ndim > 1]

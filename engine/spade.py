@@ -1,0 +1,212 @@
+"""SPADE, Algorithm 1 of the paper: the student's weights w and the sample weights v, mini-batch by
+mini-batch.
+
+The numbers in the comments are the algorithm's lines.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mentorch.engine.config import RunConfig
+from mentorch.engine.data.pipelines import Batch, normalise
+from mentorch.engine.distributed import World
+from mentorch.engine.optim import (
+    add_weight_decay,
+    create_optimizer,
+    learning_rate,
+    set_learning_rate,
+)
+from mentorch.engine.reweight import Reweight
+from mentorch.engine.student import autocast_dtype, create_student, forward
+from mentorch.kernels.reweight import Reweighted
+
+IGNORED = -100
+USED = 0.001  # a weight above this counts as used, as in the released code's data utilisation
+METRICS = ("loss", "weighted_loss", "mean_weight", "data_utilization", "samples")
+
+
+class Spade:
+    """A student in training under a curriculum.
+
+    Args:
+        config: the run.
+        labels_N: [N] int64 on the device: the given label of every row of the index.
+        num_classes: width of the student's classifier.
+        steps_per_epoch: of the loader.
+        world: the ranks.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        labels_N: Tensor,
+        num_classes: int,
+        steps_per_epoch: int,
+        world: World,
+    ) -> None:
+        self.config, self.world, self.labels_N = config, world, labels_N
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = steps_per_epoch * config.train.epochs
+        self.dtype = autocast_dtype(config.train.precision, world.device)
+        torch.manual_seed(config.seed)  # line 1: the same w⁰ on every rank …
+        self.student = create_student(config.student, num_classes, world.device)
+        torch.manual_seed(config.seed + world.rank)  # … but each its own dropout
+        self.replica = self._replicate()
+        self.criterion = self._criterion().to(world.device)
+        self.optimizer = create_optimizer(config.optim, self.student)
+        self.scaler = torch.amp.GradScaler(
+            world.device.type, enabled=self.dtype == torch.float16, init_scale=2.0**12
+        )
+        decay = config.optim.average_decay
+        self.average = ModelEmaV3(self.student, decay, use_warmup=True) if decay else None
+        self.step_count = 0  # t
+        self._sums = torch.zeros(len(METRICS), dtype=torch.float64, device=world.device)
+
+    def _replicate(self) -> nn.Module:
+        """The student with its gradients averaged over the ranks."""
+        if self.world.world_size == 1:
+            return self.student
+        devices = [self.world.device] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(self.student, device_ids=devices)
+
+    def _criterion(self) -> Reweight:
+        curriculum = self.config.curriculum
+        return Reweight(
+            curriculum.name,
+            total_steps=self.total_steps,
+            loss_percentile=curriculum.loss_percentile,
+            decay=curriculum.decay,
+            burn_in=curriculum.burn_in,
+            burn_in_dropout=curriculum.burn_in_dropout,
+            example_dropout=curriculum.example_dropout,
+            exact_dropout=curriculum.exact_dropout,
+            seed=self.config.seed,
+            ignore_index=IGNORED,
+            group=dist.group.WORLD if curriculum.percentile_over == "global" else None,
+        )
+
+    @property
+    def trained(self) -> nn.Module:
+        """What is evaluated: the averaged student where there is an average."""
+        return self.average.module if self.average else self.student
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return learning_rate(
+            self.config.optim, self.step_count, self.steps_per_epoch, self.total_steps
+        )
+
+    def train(self, batches: Iterator[Batch]) -> Iterator[int]:
+        """Trains on the batches; yields the number of steps taken so far, after each."""
+        self.replica.train()
+        self.criterion.train()
+        for batch in batches:  # lines 2 and 3: the loader's order is uniformly random
+            self._step(batch)
+            self.step_count += 1  # line 13
+            yield self.step_count
+
+    def _step(self, batch: Batch) -> None:
+        data = self.config.data
+        labels = self.labels_N[batch.sample_ids.clamp(min=0)]
+        labels = labels.masked_fill(batch.sample_ids < 0, IGNORED)
+        images = normalise(batch.images, data.mean, data.std)
+        logits = forward(self.replica, images, self.dtype)  # line 4
+        out = self.criterion.weigh(logits, labels, batch.sample_ids)  # line 11: v ← g_m(φ(Ξ, w); Θ)
+        self._update(out, labels)  # line 12: w ← w − α ∇F
+        self._count(out, labels)
+
+    def _update(self, out: Reweighted, labels: Tensor) -> None:
+        optim = self.config.optim
+        set_learning_rate(self.optimizer, self.lr)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(out.loss).backward()
+        if optim.clip_norm or optim.scale_weight_decay:
+            self.scaler.unscale_(self.optimizer)
+        if optim.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.clip_norm)
+        if optim.scale_weight_decay:
+            mean = out.sample_weight.sum() / (labels != IGNORED).sum().clamp(min=1)
+            add_weight_decay(self.optimizer, optim.weight_decay, mean, self.world.world_size)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average:
+            self.average.update(self.student, step=self.step_count + 1)
+
+    @torch.no_grad()
+    def _count(self, out: Reweighted, labels: Tensor) -> None:
+        """Adds the step to the sums behind the metrics, on the device."""
+        weight = out.sample_weight
+        parts = [
+            out.sample_loss.sum(),
+            (weight * out.sample_loss).sum(),
+            weight.sum(),
+            (weight > USED).sum(),
+            (labels != IGNORED).sum(),
+        ]
+        self._sums += torch.stack([part.to(torch.float64) for part in parts])
+
+    def metrics(self, stop: bool = False) -> tuple[dict[str, float], bool]:
+        """Means since the last call over all ranks; the only point at which the host waits.
+
+        Args:
+            stop: this rank was asked to stop.
+
+        Returns:
+            The metrics, and whether any rank was asked to stop.
+        """
+        sums = torch.cat([self._sums, self._sums.new_tensor([float(stop)])])
+        if self.world.world_size > 1:
+            dist.all_reduce(sums)
+        *means, samples, stops = sums.tolist()
+        self._sums.zero_()
+        names = METRICS[:-1]
+        metrics = {name: v / max(samples, 1) for name, v in zip(names, means, strict=True)}
+        metrics["loss_moving_avg"] = float(self.criterion.loss_moving_avg)
+        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        return metrics, stops > 0
+
+    def models(self) -> dict[str, dict[str, Tensor]]:
+        """The weights a checkpoint holds."""
+        models = {"model": self.student.state_dict()}
+        if self.average:
+            models["average"] = self.average.module.state_dict()
+        return models
+
+    def state(self) -> dict[str, Any]:
+        """Everything else a checkpoint holds."""
+        return {
+            "step": self.step_count,
+            "steps_per_epoch": self.steps_per_epoch,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "criterion": self.criterion.state_dict(),
+            "sums": self._sums,
+        }
+
+    def load(self, models: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Puts back what `models` and `state` gave."""
+        if state["steps_per_epoch"] != self.steps_per_epoch:
+            raise ValueError(
+                f"the checkpoint counts {state['steps_per_epoch']} steps an epoch, this run "
+                f"{self.steps_per_epoch}: data, protocol or batch size have changed since"
+            )
+        self.student.load_state_dict(models["model"])
+        if self.average:
+            self.average.module.load_state_dict(models["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, slots in self.optimizer.state.items():
+            for name, value in slots.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    # In the parameter's memory order, or the fused update would sum in another one.
+                    slots[name] = torch.empty_like(parameter).copy_(value)
+        self.scaler.load_state_dict(state["scaler"])
+        self.criterion.load_state_dict(state["criterion"])
+        self._sums.copy_(state["sums"])
+        self.step_count = state["step"]

@@ -1,0 +1,128 @@
+"""What a run tells: its folder, its metrics (JSON lines, TensorBoard), its progress on screen."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import mentorch
+
+_PACKAGES = (
+    "torch", "triton", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
+    "numpy", "pyarrow", "safetensors",
+)  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Versions, commit and device: what one must know to repeat a run."""
+    return {
+        "mentorch": mentorch.__version__,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changed_files": (_git("status", "--porcelain") or "").splitlines(),
+        "python": platform.python_version(),
+        "packages": {name: v for name in _PACKAGES if (v := _version(name))},
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
+
+
+class Telemetry:
+    """Metrics of a run, written by the main rank; on the other ranks every method does nothing.
+
+    Args:
+        folder: the run folder.
+        enabled: True on the main rank.
+        start_step: steps already taken; metrics of later steps, which a broken-off run may have
+            left, are taken out.
+        total_steps: of training, for the time that is left.
+    """
+
+    def __init__(self, folder: Path, enabled: bool, start_step: int, total_steps: int) -> None:
+        self.enabled = enabled
+        self.total_steps = total_steps
+        if not enabled:
+            return
+        self._path = folder / "metrics.jsonl"
+        self._drop_after(start_step)
+        self._file = self._path.open("a", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._time, self._step = time.monotonic(), start_step
+
+    def _drop_after(self, step: int) -> None:
+        if self._path.is_file():
+            lines = self._path.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            self._path.write_text("".join(line + "\n" for line in kept))
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last line of metrics (an evaluation) out of the speed."""
+        self._time = time.monotonic()
+
+    def speed(self, step: int, images_per_step: int) -> dict[str, float]:
+        """Images a second and seconds left, since the last call."""
+        if not self.enabled:
+            return {}
+        now = time.monotonic()
+        seconds, steps = max(now - self._time, 1e-9), step - self._step
+        self._time, self._step = now, step
+        left = (self.total_steps - step) * seconds / max(steps, 1)
+        return {"images_per_s": steps * images_per_step / seconds, "eta_s": left}
+
+    def log(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
+        """Writes metrics of a step under a heading ("train", "eval/…")."""
+        if not self.enabled:
+            return
+        self._file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def advance(self, steps: int = 1) -> None:
+        """Moves the progress bar."""
+        if self.enabled:
+            self._bar.update(steps)
+
+    def say(self, text: str) -> None:
+        """Prints a line without tearing the progress bar."""
+        if self.enabled:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Flushes everything."""
+        if self.enabled:
+            self._bar.close()
+            self._file.close()
+            self._board.close()

@@ -1,0 +1,113 @@
+"""The MentorNet module and its file format."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mentorch.engine.mentor import MentorNet
+
+DIMS = [
+    {},  # as released
+    {"num_labels": 3, "label_dim": 5, "epoch_dim": 10, "fc_units": 17},  # the other released file
+    {"lstm_units": 4, "lstm_output": "c", "use_label": True, "num_labels": 10},
+]
+
+
+def inputs(batch=6, steps=2):
+    loss = torch.rand(batch, steps) * 5
+    return loss, loss - 1, torch.arange(batch) % 2, torch.arange(batch) * 10
+
+
+@pytest.mark.parametrize("dims", DIMS)
+def test_saved_and_loaded_it_is_the_same(tmp_path, dims):
+    card = {"target": {"kind": "linear", "lambda2": 1.0}, "seed": 3, "note": "ℓ − ℓ_pt"}
+    mentor = MentorNet(**dims, card=card)
+    path = tmp_path / "mentor.safetensors"
+    mentor.save(path)
+    loaded = MentorNet.load(path)
+    assert loaded.card == card
+    assert (loaded.use_label, loaded.lstm_output) == (mentor.use_label, mentor.lstm_output)
+    for name, parameter in mentor.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter)
+    data = inputs()
+    assert torch.equal(mentor(*data), loaded(*data))
+
+
+def test_the_file_is_plain_safetensors_with_a_json_card(tmp_path):
+    mentor = MentorNet(card={"seed": 1})
+    mentor.save(str(tmp_path / "mentor.safetensors"))
+    tensors = load_file(tmp_path / "mentor.safetensors")
+    assert set(tensors) == {name for name, _ in mentor.named_parameters()}
+    assert json.dumps(mentor.card) == '{"seed": 1}'
+
+
+def test_default_dims_are_the_released_ones():
+    shapes = {name: list(p.shape) for name, p in MentorNet().named_parameters()}
+    assert shapes["label_embedding"] == [2, 2]
+    assert shapes["epoch_embedding"] == [100, 5]
+    assert shapes["forward_lstm.weight_ih"] == [4, 2]
+    assert shapes["fc1.weight"] == [20, 9]
+    assert shapes["fc2.weight"] == [1, 20]
+
+
+def test_every_parameter_learns_but_the_labels_it_does_not_read():
+    mentor = MentorNet(use_label=True)
+    mentor(*inputs()).sum().backward()
+    for name, parameter in mentor.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+    blind = MentorNet()
+    blind(*inputs()).sum().backward()
+    assert blind.label_embedding.grad[1].eq(0).all()
+
+
+def test_its_weights_are_not_copies():
+    mentor = MentorNet()
+    weights = mentor.weights()
+    with torch.no_grad():
+        mentor.fc2.bias.add_(1.0)
+    assert weights.fc2_bias is mentor.fc2.bias
+
+
+def test_an_unknown_lstm_output_is_refused():
+    with pytest.raises(ValueError, match="'o'"):
+        MentorNet(lstm_output="o")
+
+
+def test_a_missing_file():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors"):
+        MentorNet.load("nowhere.safetensors")
+
+
+def test_files_that_are_not_mentornets(tmp_path):
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(b"PK\x03\x04 not a safetensors file")
+    with pytest.raises(ValueError, match=r"file\.safetensors is not a safetensors file"):
+        MentorNet.load(path)
+    save_file({"weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="format 'none'"):
+        MentorNet.load(path)
+    save_file({"weight": torch.ones(2)}, path, {"format": "mentornet-9"})
+    with pytest.raises(ValueError, match="'mentornet-9', not 'mentornet-1'"):
+        MentorNet.load(path)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "option", "truncated"])
+def test_damaged_mentornets_are_refused(tmp_path, change):
+    path = tmp_path / "mentor.safetensors"
+    mentor = MentorNet()
+    mentor.save(path)
+    tensors = load_file(path)
+    options = {"format": "mentornet-1", "use_label": "false", "lstm_output": "h", "card": "{}"}
+    if change == "missing":
+        del tensors["fc1.bias"]
+    elif change == "shape":  # one epoch too few: the epoch percentage would run off its end
+        tensors["epoch_embedding"] = tensors["epoch_embedding"][:99].clone()
+    elif change == "option":
+        del options["lstm_output"]
+    save_file(tensors, path, options)
+    if change == "truncated":
+        path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"mentor\.safetensors"):
+        MentorNet.load(path)

@@ -1,0 +1,145 @@
+"""What a wheel, an sdist and an editable install hold, seen from another folder.
+
+The builds use this environment's setuptools (no network) and a copy of the tree, so that no build/
+or *.egg-info is left behind. What was installed is tried by a Python without site-packages
+(`-I -S`): this environment's own mentorch cannot answer for it, and nothing else can be needed.
+"""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import mentorch
+
+ROOT = Path(__file__).parents[1]
+FILES = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
+FOLDERS = ["mentorch", "engine", "kernels", "tests"]
+WEIGHTS = "engine/weights/probe.safetensors"
+
+
+def run(*command: object, cwd: Path) -> str:
+    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def install(wheel: Path, target: Path) -> Path:
+    """Puts ``wheel`` into the folder ``target``; --target leaves this environment alone."""
+    options = ["--no-deps", "--no-index", "--no-compile", "--target", target]
+    run(sys.executable, "-m", "pip", "install", *options, wheel, cwd=target)
+    return target
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    """Calls setuptools as pip does: the hook ``build_wheel``, ``_sdist`` or ``_editable``."""
+    out.mkdir(exist_ok=True)
+    code = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
+    run(sys.executable, "-c", code, out, cwd=source)
+    (built,) = out.iterdir()
+    return built
+
+
+def ask(site_packages: Path, expression: str, cwd: Path) -> str:
+    """The value of ``expression`` for a Python that has ``site_packages`` and nothing else."""
+    code = f"import site; site.addsitedir({str(site_packages)!r}); print({expression})"
+    return run(sys.executable, "-I", "-S", "-c", code, cwd=cwd)
+
+
+def find_spec(name: str) -> str:
+    return f"__import__('importlib.util').util.find_spec({name!r})"
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the package is built from, with a weight file in it."""
+    copy = tmp_path_factory.mktemp("tree")
+    skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=skip)
+    for name in FILES:
+        shutil.copy(ROOT / name, copy)
+    (copy / WEIGHTS).parent.mkdir(exist_ok=True)
+    (copy / WEIGHTS).write_bytes(b"weights")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", tree, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(wheel, tmp_path_factory.mktemp("site-packages"))
+
+
+def files_of(wheel: Path) -> set[str]:
+    """What the wheel installs, without its metadata folder."""
+    names = zipfile.ZipFile(wheel).namelist()
+    return {name for name in names if ".dist-info/" not in name}
+
+
+def test_wheel_holds_the_whole_package_and_nothing_else(tree: Path, wheel: Path) -> None:
+    """A folder without its __init__.py would be missing here, and so would a weight file."""
+    files = [path for root in ("engine", "kernels") for path in (tree / root).rglob("*.py")]
+    expected = {f"mentorch/{path.relative_to(tree)}" for path in files}
+    expected |= {"mentorch/__init__.py", "mentorch/py.typed", f"mentorch/{WEIGHTS}"}
+    assert files_of(wheel) == expected
+
+
+def test_sdist_builds_the_same_wheel(tree: Path, wheel: Path, tmp_path: Path) -> None:
+    sdist = build("sdist", tree, tmp_path / "sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path)
+    unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
+    assert files_of(build("wheel", unpacked, tmp_path / "wheel")) == files_of(wheel)
+
+
+def test_installed_wheel_imports_from_anywhere(installed: Path, tmp_path: Path) -> None:
+    where = ask(installed, "__import__('mentorch').__file__", cwd=tmp_path)
+    assert Path(where) == installed / "mentorch/__init__.py"
+
+
+@pytest.mark.parametrize("name", ["kernels", "engine"])
+def test_installed_wheel_has_no_top_level(name: str, installed: Path, tmp_path: Path) -> None:
+    assert ask(installed, find_spec(name), cwd=tmp_path) == "None"
+
+
+def test_version_is_that_of_the_metadata(installed: Path, tmp_path: Path) -> None:
+    in_metadata = "__import__('importlib.metadata').metadata.version('mentorch')"
+    assert ask(installed, in_metadata, cwd=tmp_path) == mentorch.__version__
+    assert metadata.version("mentorch") == mentorch.__version__, "run ./setup dev again"
+
+
+def test_editable_install_follows_the_tree(tree: Path, tmp_path: Path) -> None:
+    """A file that is added after `pip install -e` is there at once; `kernels` stays hidden."""
+    site_packages = install(build("editable", tree, tmp_path / "wheel"), tmp_path)
+    new = tree / "kernels/added_later.py"
+    new.touch()
+    try:
+        found = ask(site_packages, find_spec("mentorch.kernels.added_later"), cwd=tmp_path)
+    finally:
+        new.unlink()
+    assert str(new) in found or "mentorch/kernels/added_later.py" in found
+    assert ask(site_packages, find_spec("kernels"), cwd=tmp_path) == "None"
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    """`import mentorch` loads neither torch nor numpy nor the engine, so it takes no time."""
+    code = "import sys; old = set(sys.modules); import mentorch; print(*set(sys.modules) - old)"
+    loaded = run(sys.executable, "-c", code, cwd=tmp_path).split()
+    foreign = [name for name in loaded if name.split(".")[0] not in sys.stdlib_module_names]
+    assert foreign == ["mentorch"]
+
+
+def test_every_dependency_is_pinned() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0] for line in lines}
+    declared = {requirement.split(">=")[0] for requirement in metadata.requires("mentorch") or []}
+    assert declared <= pinned
