@@ -1,13 +1,13 @@
 """Learns Θ of a MentorNet by regression to given weights v* (Sec. 3.1).
 
-    min_Θ  mean_i  d(g_m(z_i; Θ), v*_i)        d: cross-entropy where v* is binary, else squared error
+    min_Θ  mean_i  d(g_m(z_i; Θ), v*_i)      d: cross-entropy where v* is binary, else squared error
 
-A predefined curriculum (MentorNet PD) takes z from a grid and v* from its closed form; the minimum is
-that of Eq. 4 wherever the MentorNet can represent v*, and it exists where G is unknown too (Eq. 8).
+A predefined curriculum (MentorNet PD) takes z from a grid and v* from its closed form; the minimum
+is that of Eq. 4 wherever the MentorNet can represent v*, and exists where G is unknown too (Eq. 8).
 
-The released code takes batches of 32 and Adam 0.1; batches of 1024 and 0.02 fit better in less time.
-A run is a pure function of its arguments on a given torch build; which points are drawn and which of
-them are held out depends on the seed alone. N points, T history steps.
+The released code takes batches of 32 and Adam 0.1; batches of 1024 and 0.02 fit better in less
+time. A run is a pure function of its arguments on a given torch build; which points are drawn and
+which of them are held out depends on the seed alone. N points, T history steps.
 """
 
 from dataclasses import asdict
@@ -102,7 +102,7 @@ def fit_error(mentor: MentorNet, features: Features, target_weight: Tensor) -> d
         target_weight: v* [N] in [0, 1].
 
     Returns:
-        ``mse``, ``mean_abs_error``, ``max_abs_error``, and ``auc`` where v* takes the values 0 and 1.
+        ``mse``, ``mean_abs_error``, ``max_abs_error``, and ``auc`` where v* is both 0 and 1.
     """
     weight = mentor(*features)
     error = (weight - target_weight).double().abs()

@@ -86,10 +86,10 @@ def noise(
     Args:
         index: the Parquet file of an index without injected noise.
         rate: probability that a label is replaced, from 0 to 1.
-        kind: symmetric draws from all classes (the MentorNet paper), symmetric-other from the others.
+        kind: symmetric draws from all classes (the paper), symmetric-other from the others.
         seed: what the noise depends on, besides each sample's id.
         split: the split that gets noise.
-        max_label: noise only among the labels below this (50 is WebVision's mini protocol).
+        max_label: noise only among the labels below this; 50 is the mini protocol.
         out: the Parquet file to write; by default beside INDEX, named by kind, rate and seed.
     """
     from mentorch.engine.data.noise import add_symmetric_noise  # imports torch

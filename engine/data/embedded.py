@@ -1,9 +1,9 @@
 """A data set that needs no download: scikit-learn's 1,797 digits as WebVision on disk.
 
-The tree has WebVision's exact layout with 40 % symmetric label noise (the paper's convention) in the
-training lists, the labels from before aside in ``info/clean_labels.txt``, two broken files, and an
-ILSVRC-like validation tree of other digits under ``ilsvrc/``. It serves tests, examples and a first
-run of the whole job.
+The tree has WebVision's exact layout with 40 % symmetric label noise (the paper's convention) in
+the training lists, the labels from before aside in ``info/clean_labels.txt``, two broken files, and
+an ILSVRC-like validation tree of other digits under ``ilsvrc/``. It serves tests, examples and a
+first run of the whole job.
 """
 
 import shutil
@@ -31,9 +31,9 @@ QUERIES = 3  # a class
 
 _README = f"""Handwritten digits in the layout of WebVision 1.0, written by mentorch.
 
-The 1,797 images are scikit-learn's digits (8 x 8 pixels, UCI "Optical Recognition of Handwritten
-Digits"), enlarged to {SIDE} x {SIDE}; each is used once. They are not WebVision images, and the wnids
-n00000000 to n00000009 are invented: WordNet's first noun has the offset 00001740.
+The 1,797 images are scikit-learn's digits (8 x 8 pixels, UCI "Optical Recognition of
+Handwritten Digits"), enlarged to {SIDE} x {SIDE}; each is used once. They are not WebVision images,
+and the wnids n00000000 to n00000009 are invented: WordNet's first noun has the offset 00001740.
 Label noise in the training lists: symmetric (uniform over all classes), rate {NOISE_RATE}, seed
 {SEED}.
 info/clean_labels.txt has the labels from before. Two files under google/ are broken on purpose.

@@ -24,7 +24,7 @@ def _encoded(kind="JPEG", size=(20, 10), mode="RGB", seed=0, **options):
 
 @pytest.fixture(scope="session")
 def encoded() -> Callable[..., bytes]:
-    """A noise image as bytes: `encoded("PNG", size=(20, 10), mode="RGB", seed=0, **save_options)`."""
+    """A noise image as bytes: `encoded("PNG", size=(20, 10), mode="RGB", **save_options)`."""
     return _encoded
 
 

@@ -50,20 +50,20 @@ def test_broken_names_and_links(put, tmp_path, capsys):
     put("a/x.jpg")
     put("elsewhere/y.jpg")
     (tmp_path / "a/link.jpg").symlink_to("nowhere")
-    (tmp_path / "a/loop").symlink_to("..")
+    (tmp_path / "a/loop").symlink_to("../a")
     (tmp_path / "b").symlink_to("elsewhere")
     (tmp_path / os.fsdecode(b"a/\xff.jpg")).write_bytes(b"x")
     index = index_folder(tmp_path)
     status = dict(zip(index.paths().to_pylist(), index.table["status"].to_pylist(), strict=True))
-    assert status["a/x.jpg"] == status["b/y.jpg"] == "ok"
-    assert status["a/link.jpg"] == "missing"
+    ok = dict.fromkeys(("a/x.jpg", "b/y.jpg", "elsewhere/y.jpg"), "ok")
+    assert status == {"a/link.jpg": "missing", **ok}
     assert "names that are not UTF-8" in capsys.readouterr().out
 
 
 def test_a_validation_class_that_train_lacks(put, tmp_path):
     put("train/a/x.jpg")
     put("val/b/x.jpg")
-    with pytest.raises(ValueError, match="has classes that .* lacks: b"):
+    with pytest.raises(ValueError, match=r"has classes that .* lacks: b"):
         index_folder(tmp_path)
 
 

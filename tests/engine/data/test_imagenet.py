@@ -159,15 +159,15 @@ def test_a_wrong_validation_list_is_named(flat, put, text, error):
 def test_flat_without_a_list(flat, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none of val\.txt.*--val-list FILE"):
         index_imagenet(flat)
-    with pytest.raises(FileNotFoundError, match="--val-list .* is not a file"):
+    with pytest.raises(FileNotFoundError, match=r"--val-list .* is not a file"):
         index_imagenet(flat, val_list=tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="--synsets .* is not a file"):
+    with pytest.raises(FileNotFoundError, match=r"--synsets .* is not a file"):
         index_imagenet(flat, synsets=tmp_path / "none")
 
 
 def test_wrong_root(put, tmp_path):
     put("images/a.JPEG")
-    with pytest.raises(FileNotFoundError, match="no images under .*/train or .*/val"):
+    with pytest.raises(FileNotFoundError, match=r"no images under .*/train or .*/val"):
         index_imagenet(tmp_path)
 
 

@@ -169,7 +169,7 @@ def test_a_wrong_line_is_an_error_before_any_image_is_read(webvision, put, name,
 
 
 def test_wrong_roots(webvision, tmp_path, put):
-    with pytest.raises(FileNotFoundError, match="ROOT .*nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"ROOT .*nowhere does not exist"):
         index_webvision(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="is a file, not a folder"):
         index_webvision(put("file", "x"))
@@ -193,7 +193,7 @@ def test_out(webvision, tmp_path):
     out = tmp_path / "elsewhere.parquet"
     index = index_webvision(webvision, out=out)
     assert Index.read(out).table.equals(index.table)
-    with pytest.raises(FileNotFoundError, match="folder of --out .* does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"folder of --out .* does not exist"):
         index_webvision(webvision, out=tmp_path / "none/x.parquet")
     with pytest.raises(ValueError, match="is a folder; give the name of the Parquet file"):
         index_webvision(webvision, out=tmp_path)

@@ -1,0 +1,231 @@
+"""Learning Θ from given weights, and the MentorNet PD that ships."""
+
+import numpy as np
+import pytest
+import torch
+
+from mentorch.engine.curricula import resolve_curriculum, shipped_mentornets
+from mentorch.engine.mentor import MentorNet
+from mentorch.engine.mentor_training import (
+    Features,
+    feature_grid,
+    fit_error,
+    fit_mentornet,
+    fit_weights,
+    split_points,
+    train_mentor,
+)
+from mentorch.kernels.mentor import ClosedForm
+
+SHORT = {"points": 5_000, "steps": 150}  # under two seconds, and far better than no learning
+
+
+def linear(features):
+    """Eq. 7 with λ1 = 0, λ2 = 1."""
+    return (1 - features.loss_diff).clamp(0, 1)
+
+
+# ---------------------------------------------------------------- grid and split
+
+
+def test_the_grid_is_the_released_one():
+    grid = feature_grid(1_200_000)
+    losses, differences, epochs = (column.unique() for column in (grid[0], grid[1], grid[3]))
+    expected = [i / 10 for i in range(100)] + list(range(10, 30))
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    np.testing.assert_allclose(differences, [i / 10 - 5 for i in range(100)], atol=1e-6)
+    assert epochs.tolist() == list(range(100))
+    assert grid.labels.eq(0).all()
+    cells = torch.stack([torch.searchsorted(losses, grid[0]), grid[3]])
+    cells = (cells[0] * 100 + torch.searchsorted(differences, grid[1])) * 100 + cells[1]
+    assert len(cells.unique()) == 1_200_000  # every point once
+
+
+def test_a_subset_is_spread_over_the_grid_and_depends_on_the_seed():
+    first, again, other = feature_grid(1000), feature_grid(1000), feature_grid(1000, seed=1)
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first.loss, other.loss)
+    assert abs(first.loss_diff.mean() + 0.05) < 5 * 2.89 / 1000**0.5
+    assert abs(first.epoch_pct.double().mean() - 49.5) < 5 * 28.9 / 1000**0.5
+
+
+@pytest.mark.parametrize("points", [0, -1, 1_200_001])
+def test_more_points_than_the_grid_has(points):
+    with pytest.raises(ValueError, match=f"1200000 points, {points}"):
+        feature_grid(points)
+
+
+def test_the_split_is_80_to_20_without_overlap():
+    learn, held_out = split_points(1000, seed=3)
+    assert (len(learn), len(held_out)) == (800, 200)
+    assert torch.cat([learn, held_out]).sort().values.tolist() == list(range(1000))
+    assert not torch.equal(held_out, split_points(1000, seed=4)[1])
+
+
+# ---------------------------------------------------------------- learning
+
+
+def test_a_short_fit_improves_and_is_deterministic():
+    before = torch.random.get_rng_state()
+    mentor, again = (fit_mentornet(ClosedForm("linear"), seed=2, **SHORT) for _ in range(2))
+    assert torch.equal(before, torch.random.get_rng_state())  # the caller's generator is not used
+    for name, parameter in mentor.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+    other = fit_mentornet(ClosedForm("linear"), seed=3, **SHORT)
+    assert not torch.equal(mentor.fc1.weight, other.fc1.weight)
+
+    features = feature_grid(2000, seed=77)
+    # The best constant is wrong by 0.49, one step learns next to nothing.
+    barely = fit_mentornet(ClosedForm("linear"), seed=2, points=5_000, steps=1)
+    assert fit_error(barely, features, linear(features))["mean_abs_error"] > 0.3
+    assert fit_error(mentor, features, linear(features))["mean_abs_error"] < 0.1
+
+
+def test_the_card_says_how_it_was_made():
+    mentor = fit_mentornet(ClosedForm("linear", lambda2=2.0), seed=5, points=1000, steps=3)
+    card = mentor.card
+    assert card["target"] == {
+        "kind": "linear",
+        "lambda1": 0.0,
+        "lambda2": 2.0,
+        "gamma": 2.0,
+        "on": "loss_diff",
+    }
+    assert (card["points"], card["seed"], card["steps"]) == (1000, 5, 3)
+    assert card["objective"] == "squared error"
+    assert card["torch"] == torch.__version__
+    assert set(card["held_out"]) == {"mse", "mean_abs_error", "max_abs_error"}
+
+
+def test_binary_weights_are_learnt_by_cross_entropy_and_judged_by_auc():
+    mentor = fit_mentornet(ClosedForm("self_paced"), **SHORT)
+    assert mentor.card["objective"] == "cross-entropy"
+    assert mentor.card["held_out"]["auc"] > 0.99
+    assert "auc" not in fit_mentornet(ClosedForm("uniform"), points=100, steps=1).card["held_out"]
+
+
+def test_a_given_mentor_is_where_learning_starts():
+    mentor = MentorNet(lstm_units=3, fc_units=4)
+    before = mentor.fc1.weight.clone()
+    assert fit_mentornet(ClosedForm("focal"), mentor=mentor, points=100, steps=1) is mentor
+    assert not torch.equal(mentor.fc1.weight, before)
+
+
+def test_any_features_and_weights_can_be_learnt():
+    """As a data-driven curriculum does: a history of visits, labels, binary weights."""
+    torch.manual_seed(0)
+    loss = torch.rand(512, 4) * 3
+    labels = torch.arange(512) % 10
+    features = Features(loss, loss - 1, labels, torch.full((512,), 30))
+    clean = ((loss[:, -1] < 1) | (labels == 7)).float()
+    mentor = MentorNet(num_labels=10, use_label=True)
+    first = fit_error(mentor, features, clean)["auc"]
+    fit_weights(mentor, features, clean, steps=200, batch_size=128)
+    assert fit_error(mentor, features, clean)["auc"] > max(first, 0.95)
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, float("nan")])
+def test_weights_outside_the_unit_interval_are_refused(bad):
+    features = feature_grid(2)
+    with pytest.raises(ValueError, match=f"in .0, 1., got.*{bad}"):
+        fit_weights(MentorNet(), features, torch.tensor([bad, bad]))
+
+
+def test_no_step_is_refused():
+    with pytest.raises(ValueError, match="steps.*0"):
+        fit_mentornet(ClosedForm("linear"), points=10, steps=0)
+
+
+def test_fit_error_against_numpy(monkeypatch):
+    features, mentor = feature_grid(300), MentorNet()
+    # A coarse weight has ties, which count half in the area under the curve.
+    coarse = ((features.loss * 7).long() % 5) / 4
+    monkeypatch.setattr(mentor, "forward", lambda *_: coarse)
+    target = (features.loss_diff < 0).float()
+    found = fit_error(mentor, features, target)
+    error = np.abs(coarse.double().numpy() - target.double().numpy())
+    assert found["mse"] == pytest.approx((error**2).mean())
+    assert found["mean_abs_error"] == pytest.approx(error.mean())
+    assert found["max_abs_error"] == error.max()
+    positive, negative = coarse[target == 1].numpy()[:, None], coarse[target == 0].numpy()
+    wins = (positive > negative).mean() + (positive == negative).mean() / 2
+    assert found["auc"] == pytest.approx(wins)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_train_mentor_writes_what_a_curriculum_is_read_from(tmp_path, capsys):
+    out = tmp_path / "new folder" / "mine.safetensors"
+    train_mentor(out=out, target="linear", lambda2=3.0, seed=1, steps=2)
+    mentor = resolve_curriculum(out)
+    assert mentor.card["target"]["lambda2"] == 3.0
+    assert (mentor.card["seed"], mentor.card["steps"]) == (1, 2)
+    assert "mean_abs_error" in capsys.readouterr().out
+
+
+def test_train_mentor_refuses_what_could_not_be_read_back(tmp_path):
+    with pytest.raises(ValueError, match=r"mine\.pt"):
+        train_mentor(out=tmp_path / "mine.pt")
+
+
+# ---------------------------------------------------------------- MentorNet PD as shipped
+
+
+@pytest.fixture(scope="module")
+def pd():
+    return resolve_curriculum("pd")
+
+
+def weigh(mentor, loss, loss_diff, epoch):
+    with torch.no_grad():
+        return mentor(
+            loss, loss_diff, torch.zeros(len(loss), dtype=torch.long), torch.tensor(epoch)
+        )
+
+
+def test_pd_is_shipped_with_the_released_dims():
+    assert "pd" in shipped_mentornets()
+    mentor = resolve_curriculum("pd")
+    assert {n: p.shape for n, p in mentor.named_parameters()} == {
+        n: p.shape for n, p in MentorNet().named_parameters()
+    }
+
+
+def test_pd_fits_as_well_as_its_card_says(pd):
+    card = pd.card
+    assert card["target"] == {
+        "kind": "linear",
+        "lambda1": 0.0,
+        "lambda2": 1.0,
+        "gamma": 2.0,
+        "on": "loss_diff",
+    }
+    features = feature_grid(card["points"], card["seed"])
+    held_out = features.rows(split_points(card["points"], card["seed"])[1])
+    found = fit_error(pd, held_out, linear(held_out))
+    assert found == pytest.approx(card["held_out"], rel=1e-3)
+    assert found["mean_abs_error"] < 0.01
+
+
+@pytest.mark.parametrize("epoch", [0, 20, 99])
+@pytest.mark.parametrize("average", [0.05, 0.7, 2.3, 6.9])  # late to early; ln 10, ln 1000
+def test_pd_follows_eq_7_where_students_are(pd, average, epoch):
+    loss = torch.linspace(0, 40, 4001)  # between the grid's points and beyond its end
+    weight = weigh(pd, loss, loss - average, epoch)
+    expected = (1 - (loss - average)).clamp(0, 1)
+    assert (weight - expected).abs().max() < 0.04
+    assert (weight - expected).abs().mean() < 0.001
+
+
+@pytest.mark.parametrize("epoch", [0, 20, 99])
+@pytest.mark.parametrize("loss", [0.0, 0.5, 3.0, 15.0, 40.0])
+def test_pd_decreases_with_the_loss_difference(pd, loss, epoch):
+    difference = torch.linspace(-5, 40, 4501)
+    weight = weigh(pd, torch.full_like(difference, loss), difference, epoch)
+    # Nowhere above its minimum so far by more than a hundredth, and strictly down the slope.
+    assert (weight - weight.cummin(0).values).max() < 0.01
+    slope = weight[(difference >= 0.05) & (difference <= 0.95)]
+    assert (slope.diff() < 0).all()
+    assert weight[0] > 0.97
+    assert weight[-1] < 0.001
