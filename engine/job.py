@@ -125,10 +125,11 @@ class Job:
         batches = self.loader.batches(spade.step_count, train.epochs)
         for step in spade.train(batches):
             self.telemetry.advance()
-            stopping = stop.asked and self.world.world_size == 1
+            asked = stop.asked
+            stopping = asked and self.world.world_size == 1
             epoch_ends = step % spade.steps_per_epoch == 0
             if epoch_ends or step % train.log_every == 0 or stopping:
-                stopping = self._log(step, stop.asked)
+                stopping = self._log(step, asked)
             if epoch_ends:
                 self._end_of_epoch(step // spade.steps_per_epoch)
             if stopping and step < spade.total_steps:

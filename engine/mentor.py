@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from mentorch.kernels.mentor import EPOCHS, LstmWeights, MentorWeights, mentornet_ref
@@ -108,7 +108,8 @@ class MentorNet(nn.Module):
             "card": json.dumps(self.card, sort_keys=True),
         }
         tensors = {name: p.detach().cpu().contiguous() for name, p in self.named_parameters()}
-        save_file(tensors, path, options)
+        # Not save_file: its files are readable by their owner only, whatever the umask.
+        Path(path).write_bytes(save(tensors, options))
 
     @classmethod
     def load(cls, path: str | Path) -> "MentorNet":

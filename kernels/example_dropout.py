@@ -66,7 +66,7 @@ def example_dropout_ref(
     weight = torch.where(in_burn_in, torch.ones_like(sample_weight), sample_weight)
     if dropout.rate == 0.0 and dropout.burn_in_rate == 0.0:
         return weight
-    # float64: in float32 0.05 is a little more than 1/20, and 95 of 100 would become 94.
+    # float64: in float32 0.05 is a little more than 1/20, and of 8000 one more would go.
     burning = in_burn_in.to(torch.float64)
     rate = burning * dropout.burn_in_rate + (1.0 - burning) * dropout.rate
     coin = to_uniform(philox(seed, step, sample_ids, Stream.EXAMPLE_DROPOUT)[0])

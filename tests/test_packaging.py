@@ -87,10 +87,14 @@ def files_of(wheel: Path) -> set[str]:
 
 def test_wheel_holds_the_whole_package_and_nothing_else(tree: Path, wheel: Path) -> None:
     """A folder without its __init__.py would be missing here, and so would a weight file."""
-    files = [path for root in ("engine", "kernels") for path in (tree / root).rglob("*.py")]
-    expected = {f"mentorch/{path.relative_to(tree)}" for path in files}
-    expected |= {"mentorch/__init__.py", "mentorch/py.typed", f"mentorch/{WEIGHTS}"}
-    assert files_of(wheel) == expected
+    files = [path for root in ("engine", "kernels") for path in (tree / root).rglob("*.*")]
+    expected = {
+        f"mentorch/{path.relative_to(tree)}"
+        for path in files
+        if path.suffix in {".py", ".safetensors"}
+    }
+    assert f"mentorch/{WEIGHTS}" in expected
+    assert files_of(wheel) == expected | {"mentorch/__init__.py", "mentorch/py.typed"}
 
 
 def test_sdist_builds_the_same_wheel(tree: Path, wheel: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from mentorch.engine.config import (
     CurriculumConfig,
@@ -17,6 +18,8 @@ from mentorch.engine.data.embedded import write_embedded
 from mentorch.engine.data.imagenet import index_imagenet
 from mentorch.engine.data.index import Index
 from mentorch.engine.data.webvision import index_webvision
+
+torch.set_num_threads(1)  # tests run side by side
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +38,7 @@ def digits_index(digits) -> Index:
 
 @pytest.fixture
 def small_run(digits, tmp_path) -> RunConfig:
-    """Two epochs of 17 steps with everything switched on that a run can resume wrongly."""
+    """Two epochs of 12 steps with everything switched on that a run can resume wrongly."""
     return RunConfig(
         name="small",
         out=tmp_path / "runs",
@@ -43,7 +46,7 @@ def small_run(digits, tmp_path) -> RunConfig:
         data=DataConfig(
             train=digits,
             evaluate={"webvision": digits, "imagenet": digits / "ilsvrc"},
-            sources=("google",),
+            sources=("flickr",),
             max_label=50,
             image_size=32,
             resize=36,
@@ -52,7 +55,9 @@ def small_run(digits, tmp_path) -> RunConfig:
         student=StudentConfig(name="test_resnet", drop_rate=0.2),
         curriculum=CurriculumConfig(name="linear", burn_in=0.3, example_dropout=0.1),
         optim=OptimConfig(lr=0.05, average_decay=0.9, clip_norm=5.0, warmup_epochs=0.5),
-        train=TrainConfig(epochs=2, batch_size=64, precision="fp32", log_every=5),
+        train=TrainConfig(
+            epochs=2, batch_size=16, eval_batch_size=64, precision="fp32", log_every=5
+        ),
     )
 
 

@@ -43,6 +43,13 @@ def test_the_file_is_plain_safetensors_with_a_json_card(tmp_path):
     assert json.dumps(mentor.card) == '{"seed": 1}'
 
 
+def test_the_file_is_as_readable_as_any_other(tmp_path):
+    MentorNet().save(tmp_path / "mentor.safetensors")
+    (tmp_path / "plain").touch()
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 def test_default_dims_are_the_released_ones():
     shapes = {name: list(p.shape) for name, p in MentorNet().named_parameters()}
     assert shapes["label_embedding"] == [2, 2]

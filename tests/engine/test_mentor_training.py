@@ -1,5 +1,8 @@
 """Learning Θ from given weights, and the MentorNet PD that ships."""
 
+import copy
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +20,7 @@ from mentorch.engine.mentor_training import (
 )
 from mentorch.kernels.mentor import ClosedForm
 
-SHORT = {"points": 5_000, "steps": 150}  # under two seconds, and far better than no learning
+SHORT = {"points": 5_000, "steps": 100}  # about a second, and far better than no learning
 
 
 def linear(features):
@@ -71,14 +74,12 @@ def test_a_short_fit_improves_and_is_deterministic():
     assert torch.equal(before, torch.random.get_rng_state())  # the caller's generator is not used
     for name, parameter in mentor.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name)), name
-    other = fit_mentornet(ClosedForm("linear"), seed=3, **SHORT)
-    assert not torch.equal(mentor.fc1.weight, other.fc1.weight)
 
     features = feature_grid(2000, seed=77)
-    # The best constant is wrong by 0.49, one step learns next to nothing.
-    barely = fit_mentornet(ClosedForm("linear"), seed=2, points=5_000, steps=1)
+    # Every constant is wrong by 0.44 or more.
+    barely = fit_mentornet(ClosedForm("linear"), seed=3, points=5_000, steps=1)
     assert fit_error(barely, features, linear(features))["mean_abs_error"] > 0.3
-    assert fit_error(mentor, features, linear(features))["mean_abs_error"] < 0.1
+    assert fit_error(mentor, features, linear(features))["mean_abs_error"] < 0.03
 
 
 def test_the_card_says_how_it_was_made():
@@ -104,6 +105,30 @@ def test_binary_weights_are_learnt_by_cross_entropy_and_judged_by_auc():
     assert "auc" not in fit_mentornet(ClosedForm("uniform"), points=100, steps=1).card["held_out"]
 
 
+@pytest.mark.parametrize(
+    ("target", "distance"),
+    [
+        ([0.0, 1.0, 1.0, 0.0, 1.0], torch.nn.functional.binary_cross_entropy),
+        ([0.0, 1.0, 0.5, 0.0, 1.0], torch.nn.functional.mse_loss),
+    ],
+)
+def test_the_optimiser_and_its_objective(target, distance):
+    torch.manual_seed(0)
+    features, target = feature_grid(5), torch.tensor(target)
+    ours = MentorNet()
+    by_hand = copy.deepcopy(ours)
+    fit_weights(ours, features, target, steps=4, learning_rate=0.1)
+    optimizer = torch.optim.Adam(by_hand.parameters())
+    for step in range(4):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 + math.cos(math.pi * step / 4)) / 2
+        optimizer.zero_grad()
+        distance(by_hand(*features), target).backward()
+        optimizer.step()
+    for name, parameter in ours.named_parameters():
+        expected = by_hand.get_parameter(name)
+        torch.testing.assert_close(parameter, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_a_given_mentor_is_where_learning_starts():
     mentor = MentorNet(lstm_units=3, fc_units=4)
     before = mentor.fc1.weight.clone()
@@ -120,7 +145,7 @@ def test_any_features_and_weights_can_be_learnt():
     clean = ((loss[:, -1] < 1) | (labels == 7)).float()
     mentor = MentorNet(num_labels=10, use_label=True)
     first = fit_error(mentor, features, clean)["auc"]
-    fit_weights(mentor, features, clean, steps=200, batch_size=128)
+    fit_weights(mentor, features, clean, steps=100, batch_size=128)
     assert fit_error(mentor, features, clean)["auc"] > max(first, 0.95)
 
 
@@ -132,7 +157,7 @@ def test_weights_outside_the_unit_interval_are_refused(bad):
 
 
 def test_no_step_is_refused():
-    with pytest.raises(ValueError, match="steps.*0"):
+    with pytest.raises(ValueError, match=r"steps.*0"):
         fit_mentornet(ClosedForm("linear"), points=10, steps=0)
 
 

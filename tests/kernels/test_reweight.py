@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mentorch.kernels.example_dropout import ExampleDropout
 from mentorch.kernels.mentor import ClosedForm, LstmWeights, MentorWeights
@@ -403,6 +404,23 @@ def test_autocast_does_not_change_the_weights(output):
     for a, b in zip(outside, inside, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(gradient, gradient_inside)
+
+
+@pytest.mark.parametrize("name", CURRICULA)
+@pytest.mark.parametrize("exact", [False, True])
+def test_nothing_is_read_by_the_host(name, exact):
+    # A fake tensor has no values: reading one (item, if, nonzero) raises.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        out = reweight(
+            torch.randn(8, 4).requires_grad_(),
+            torch.randint(4, (8,)),
+            CURRICULA[name][0],
+            torch.zeros(()),
+            torch.zeros((), dtype=torch.int64),
+            dropout=ExampleDropout(20, 0.5, 0.1, exact),
+        )
+        out.loss.backward()
+    assert out.loss.shape == ()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,287 @@
+"""The engine trains, stops, resumes and evaluates: whole runs of a small student on the digits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mentorch.engine import job as job_module
+from mentorch.engine.checkpoint import checkpoints, load_checkpoint
+from mentorch.engine.cli import parse
+from mentorch.engine.config import CurriculumConfig, RunConfig, save_config
+from mentorch.engine.distributed import World, distributed
+from mentorch.engine.job import STOPPED, StopRequest, run
+
+
+def _only_run(config):
+    (folder,) = config.out.iterdir()
+    return folder
+
+
+def _metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _final(folder):
+    path = checkpoints(folder / "checkpoints")[-1]
+    return path, *load_checkpoint(path, World())
+
+
+class StopAfter(StopRequest):
+    """Asks to stop after so many steps (a run looks once a step)."""
+
+    def __init__(self, steps):
+        self.left = steps - 1
+
+    @property
+    def asked(self):
+        self.left -= 1
+        return self.left < 0
+
+    @asked.setter
+    def asked(self, value):
+        pass
+
+    @contextmanager
+    def listening(self):
+        yield self
+
+
+def test_a_run_trains_evaluates_and_keeps_its_record(small_run, capsys):
+    assert run(small_run) == 0
+    folder = _only_run(small_run)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {
+        "config.json",
+        "versions.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "summary.json",
+    }
+    rows = _metrics(folder)
+    train = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in train] == [5, 10, 12, 15, 20, 24]
+    assert train[-1]["weighted_loss"] < train[-1]["loss"]
+    assert 0.05 < train[0]["data_utilization"] < 0.95, "burn-in drops about half of the samples"
+    assert {"loss_moving_avg", "lr", "images_per_s"} <= train[0].keys()
+    assert [r["step"] for r in rows if r["kind"] == "eval/imagenet"] == [12, 24]
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == 24
+    assert summary["last"]["webvision"]["images"] == 250
+    assert summary["last"]["imagenet"]["images"] == 250
+    assert summary["best"]["webvision"]["top1"] >= summary["last"]["webvision"]["top1"]
+    assert list((folder / "tensorboard").glob("events*"))
+    versions = json.loads((folder / "versions.json").read_text())
+    assert versions["packages"]["torch"] == torch.__version__.split("+")[0]
+
+    printed = capsys.readouterr().out
+    assert printed.count(": broken") == 2, "the two broken files are not named"
+    assert "are wrong" in printed
+    assert "best top-1" in printed
+
+
+def test_the_student_learns(small_run):
+    """Ten classes, so chance is 0.1; a few epochs of a tiny network reach far more."""
+    train = replace(small_run.train, epochs=8, evaluate_every=8, batch_size=32)
+    curriculum = CurriculumConfig(name="linear")
+    optim = replace(small_run.optim, lr=0.1, average_decay=0.0)
+    data = replace(small_run.data, sources=("google",))
+    changes = {"train": train, "curriculum": curriculum, "optim": optim, "data": data}
+    assert run(replace(small_run, **changes)) == 0
+    summary = json.loads((_only_run(small_run) / "summary.json").read_text())
+    assert summary["last"]["webvision"]["top1"] > 0.5
+
+
+@pytest.mark.parametrize("stop_after", [3, 12, 14])  # within an epoch, at its end, in the next one
+def test_a_resumed_run_is_the_run_that_was_not_stopped(
+    small_run, tmp_path, monkeypatch, stop_after, capsys
+):
+    whole = replace(small_run, out=tmp_path / "whole")
+    assert run(whole) == 0
+
+    halved = replace(small_run, out=tmp_path / "halved")
+    monkeypatch.setattr(job_module, "StopRequest", lambda: StopAfter(stop_after))
+    assert run(halved) == STOPPED
+    folder = _only_run(halved)
+    stopped_at = load_checkpoint(checkpoints(folder / "checkpoints")[-1], World())[1]["spade"]
+    assert stopped_at["step"] == stop_after
+    assert f"--resume {folder}" in capsys.readouterr().out
+
+    monkeypatch.undo()
+    torch.manual_seed(12345)  # nothing may depend on where the generator happens to be
+    assert run(parse(RunConfig, RunConfig(), ["--resume", str(folder)])) == 0
+
+    one_path, one_models, one_state = _final(_only_run(whole))
+    two_path, two_models, two_state = _final(folder)
+    assert one_path.name == two_path.name
+    for name, tensors in one_models.items():
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, two_models[name][key]), (name, key)
+    for key in ("loss_moving_avg", "step"):
+        one, two = (s["spade"]["criterion"][key] for s in (one_state, two_state))
+        assert torch.equal(one, two), key
+    assert one_state["scores"] == two_state["scores"]
+    by_step = {r["step"]: r for r in _metrics(_only_run(whole)) if r["kind"] == "train"}
+    resumed = [r for r in _metrics(folder) if r["kind"] == "train" and r["step"] in by_step]
+    later = [row for row in resumed if row["step"] > stopped_at["step"] + 5]
+    assert later
+    for row in later:
+        for key in ("lr", "loss", "loss_moving_avg", "mean_weight"):
+            assert row[key] == by_step[row["step"]][key], (row["step"], key)
+
+
+def test_resuming_with_another_batch_size_is_refused(small_run, monkeypatch):
+    monkeypatch.setattr(job_module, "StopRequest", lambda: StopAfter(2))
+    assert run(small_run) == STOPPED
+    arguments = ["--resume", str(_only_run(small_run)), "--train.batch-size", "32"]
+    with pytest.raises(ValueError, match="counts 12 steps an epoch, this run 6"):
+        run(parse(RunConfig, RunConfig(), arguments))
+
+
+def test_a_run_without_a_checkpoint_cannot_be_resumed(small_run, tmp_path):
+    save_config(small_run, tmp_path / "config.json")
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        run(parse(RunConfig, RunConfig(), ["--resume", str(tmp_path)]))
+
+
+def test_nothing_is_left_behind_when_the_data_is_wrong(small_run, tmp_path):
+    config = replace(small_run, data=replace(small_run.data, train=tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run(config)
+    assert not small_run.out.exists()
+    with distributed("cpu"):
+        pass  # the process group was left properly: another can be made
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_label": 0}, "no usable sample"),
+        ({"sources": ("bing",)}, "no usable sample"),
+        ({"train": None}, "no training data: give --data.train"),
+    ],
+)
+def test_a_selection_without_samples_is_an_error(small_run, change, message):
+    with pytest.raises(ValueError, match=message):
+        run(replace(small_run, data=replace(small_run.data, **change)))
+
+
+def test_an_unknown_student_is_an_error_that_suggests(small_run):
+    config = replace(small_run, student=replace(small_run.student, name="inception_v2_resnet"))
+    with pytest.raises(ValueError, match="inception_resnet_v2"):
+        run(config)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_other_precisions_train(without_evaluation, precision):
+    train = replace(without_evaluation.train, precision=precision, epochs=1)
+    assert run(replace(without_evaluation, train=train)) == 0
+    last = _metrics(_only_run(without_evaluation))[-1]
+    assert 0 < last["loss"] < 20
+
+
+def test_scaled_weight_decay_trains(without_evaluation):
+    optim = replace(without_evaluation.optim, scale_weight_decay=True, schedule="step")
+    train = replace(without_evaluation.train, epochs=1)
+    assert run(replace(without_evaluation, optim=optim, train=train)) == 0
+
+
+TWO_RANKS = """
+import json, os, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from mentorch.engine import job
+from mentorch.engine.config import RunConfig, load_config
+from mentorch.engine.data.pipelines import Loader
+
+seen = []
+batches = Loader.batches
+def recorded(self, *arguments, **options):
+    for batch in batches(self, *arguments, **options):
+        if self.train:
+            seen.append(batch.sample_ids.tolist())
+        yield batch
+Loader.batches = recorded
+status = job.run(load_config(Path(sys.argv[1]), RunConfig))
+rank = os.environ["RANK"]
+Path(sys.argv[1]).with_name(f"seen-{rank}.json").write_text(json.dumps(seen))
+sys.exit(status)
+"""
+
+
+@pytest.fixture
+def torchrun():
+    """Starts two ranks of a script; ends them when the test does, or after four minutes."""
+    started = []
+
+    def start(*arguments):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        process = subprocess.Popen(
+            [*launcher, "--nproc-per-node", "2", *map(str, arguments)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        timer = threading.Timer(240, process.kill)
+        timer.start()
+        started.append((process, timer))
+        return process
+
+    yield start
+    for process, timer in started:
+        timer.cancel()
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+
+
+def test_two_ranks_take_the_same_steps_and_see_each_sample_once(small_run, tmp_path, torchrun):
+    save_config(small_run, tmp_path / "config.json")
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    process = torchrun(script, tmp_path / "config.json")
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    one, two = (json.loads((tmp_path / f"seen-{r}.json").read_text()) for r in range(2))
+    assert len(one) == len(two) == 24
+    for epoch in (slice(0, 12), slice(12, 24)):
+        ids = [i for batch in one[epoch] + two[epoch] for i in batch]
+        assert len(ids) == len(set(ids)) == 12 * 16
+
+    # One rank sees the same global batches in the same order.
+    alone = replace(small_run, out=tmp_path / "alone")
+    assert run(alone) == 0
+    theirs, ours = _metrics(_only_run(small_run)), _metrics(_only_run(alone))
+    assert [r["step"] for r in theirs] == [r["step"] for r in ours]
+    assert theirs[0]["loss"] == pytest.approx(ours[0]["loss"], rel=0.05)  # batch norm is per rank
+    assert output.count("run folder:") == 1, "more than one rank talks"
+
+
+def test_sigterm_leaves_a_resumable_run(small_run, tmp_path, torchrun):
+    train = replace(small_run.train, epochs=200, log_every=2)
+    save_config(replace(small_run, train=train), tmp_path / "config.json")
+    script = tmp_path / "long.py"
+    script.write_text(TWO_RANKS)
+    process = torchrun(script, tmp_path / "config.json")
+    for line in process.stdout:
+        if line.startswith("step 10/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    output, _ = process.communicate()
+    assert "go on with" in output, output
+    folder = _only_run(small_run)
+    assert f"torchrun --nproc-per-node 2 {script} --resume {Path(folder)}" in output
+    step = _final(folder)[2]["spade"]["step"]
+    assert 10 <= step < 100
