@@ -6,8 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mentorch.engine.config import DataConfig
-from mentorch.engine.data.pipelines import Loader, normalise
+from mentorch.engine.data.pipelines import Loader, Normalise
 from mentorch.engine.distributed import World
 from mentorch.engine.student import forward
 
@@ -40,7 +39,7 @@ def evaluate(
     student: nn.Module,
     loader: Loader,
     labels_N: Tensor,
-    config: DataConfig,
+    normalise: Normalise,
     dtype: torch.dtype,
     world: World,
 ) -> Accuracy:
@@ -51,7 +50,7 @@ def evaluate(
         loader: of the validation set, with ``train=False``.
         labels_N: [N] int64 on the device, the student's class of each row of the index; -1 for
             none.
-        config: mean and standard deviation.
+        normalise: from pixels to the student's input.
         dtype: of the forward pass.
         world: the ranks.
     """
@@ -61,7 +60,7 @@ def evaluate(
     total = torch.zeros(3, dtype=torch.int64, device=world.device)
     for images, sample_ids in loader.batches():
         labels = labels_N[sample_ids.clamp(min=0)].masked_fill(sample_ids < 0, -1)
-        logits = forward(student, normalise(images, config.mean, config.std), dtype)
+        logits = forward(student, normalise(images), dtype)
         total += hits(logits, labels)
     if world.world_size > 1:
         dist.all_reduce(total)

@@ -168,7 +168,7 @@ class Job:
             loader = self._loader(samples, batch_size, train=False)
             labels = torch.from_numpy(samples.labels_N).to(self.world.device)
             accuracy = evaluate(
-                spade.trained, loader, labels, self.config.data, spade.dtype, self.world
+                spade.trained, loader, labels, spade.normalise, spade.dtype, self.world
             )
             loader.close()
             best.append(self.scores.add(name, accuracy, epoch))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mentorch.engine.config import RunConfig
-from mentorch.engine.data.pipelines import Batch, normalise
+from mentorch.engine.data.pipelines import Batch, Normalise
 from mentorch.engine.distributed import World
 from mentorch.engine.optim import (
     add_weight_decay,
@@ -58,6 +58,7 @@ class Spade:
         self.student = create_student(config.student, num_classes, world.device)
         torch.manual_seed(config.seed + world.rank)  # … but each its own dropout
         self.replica = self._replicate()
+        self.normalise = Normalise(config.data.mean, config.data.std).to(world.device)
         self.criterion = self._criterion().to(world.device)
         self.optimizer = create_optimizer(config.optim, self.student)
         self.scaler = torch.amp.GradScaler(
@@ -113,10 +114,9 @@ class Spade:
             yield self.step_count
 
     def _step(self, batch: Batch) -> None:
-        data = self.config.data
         labels = self.labels_N[batch.sample_ids.clamp(min=0)]
         labels = labels.masked_fill(batch.sample_ids < 0, IGNORED)
-        images = normalise(batch.images, data.mean, data.std)
+        images = self.normalise(batch.images)
         logits = forward(self.replica, images, self.dtype)  # line 4
         out = self.criterion.weigh(logits, labels, batch.sample_ids)  # line 11: v ← g_m(φ(Ξ, w); Θ)
         self._update(out, labels)  # line 12: w ← w − α ∇F

@@ -1,6 +1,6 @@
-"""mentorch: train image classifiers on partly wrong labels by learning how much to trust each sample.
+"""mentorch: train image classifiers on partly wrong labels, learning how much to trust each.
 
-Names are imported on first use, so ``import mentorch`` costs nothing and needs neither a GPU nor DALI.
+Names are imported on first use, so ``import mentorch`` costs nothing and needs no GPU and no DALI.
 """
 
 from importlib import import_module

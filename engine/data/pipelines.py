@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mentorch.engine.config import DataConfig
 from mentorch.engine.data import crops
@@ -161,8 +161,8 @@ class Loader:
             images, sample_ids = pipe.run()
         except RuntimeError as error:
             raise RuntimeError(
-                "DALI could not decode a file of this batch; `mentorch index … --reverify` finds it "
-                f"and leaves it out. DALI says: {error}"
+                "DALI could not decode a file of this batch; `mentorch index … --reverify` finds "
+                f"it and leaves it out. DALI says: {error}"
             ) from error
         return Batch(self._to_torch(images), self._to_torch(sample_ids))
 
@@ -190,18 +190,30 @@ class Loader:
         self._source.close()
 
 
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+class Normalise(nn.Module):
     """Raw pixels to what a student takes: (x/255 − mean)/std, in float32.
 
     Args:
-        images: [B, H, W, 3] uint8.
         mean: per channel, for pixels in [0, 1].
         std: likewise.
-
-    Returns:
-        [B, 3, H, W] in channels-last memory order, which is how the pixels came: nothing is
-        transposed.
     """
-    scale = images.new_tensor([255.0 * s for s in std], dtype=torch.float32)
-    shift = images.new_tensor([m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
-    return (images.to(torch.float32) / scale - shift).permute(0, 3, 1, 2)
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        # Buffers, so that no step copies them to the device and waits for it.
+        self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]))
+        self.register_buffer("shift", torch.tensor([m / s for m, s in zip(mean, std, strict=True)]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images.
+
+        Args:
+            images: [B, H, W, 3] uint8.
+
+        Returns:
+            [B, 3, H, W] in channels-last memory order, as the pixels came: no transposition.
+        """
+        return (images * self.scale - self.shift).permute(0, 3, 1, 2)

@@ -9,7 +9,7 @@ from PIL import Image
 from mentorch.engine.config import DataConfig
 from mentorch.engine.data import pipelines
 from mentorch.engine.data.order import PADDING
-from mentorch.engine.data.pipelines import Loader, normalise
+from mentorch.engine.data.pipelines import Loader, Normalise
 from mentorch.engine.distributed import World
 
 SMALL = DataConfig(image_size=64, resize=72, threads=1)
@@ -112,7 +112,7 @@ def test_a_file_that_went_bad_after_indexing_loses_its_row_only(digits_index, tm
 
 def test_normalise_gives_channels_last_floats():
     images = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8)
-    out = normalise(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    out = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(images)
     assert out.shape == (2, 3, 5, 7)
     assert out.is_contiguous(memory_format=torch.channels_last)
     mean, std = (torch.tensor(x) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
