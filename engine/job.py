@@ -80,9 +80,10 @@ class Job:
         self.batch_size = _per_rank(config.train.batch_size, world, "train.batch_size")
         self.datasets = open_datasets(config.data, world)
         self.loader = self._loader(self.datasets.train, self.batch_size, train=True)
-        labels = torch.from_numpy(self.datasets.train.labels_N).to(world.device)
-        steps = self.loader.steps_per_epoch
-        self.spade = Spade(config, labels, len(self.datasets.classes), steps, world)
+        train, classes = self.datasets.train, len(self.datasets.classes)
+        labels = torch.from_numpy(train.labels_N).to(world.device)
+        clean = torch.from_numpy(train.index.clean_labels()).to(world.device)
+        self.spade = Spade(config, labels, clean, classes, self.loader.steps_per_epoch, world)
         self.scores = Scores()
         if config.resume:
             self._resume()
@@ -245,10 +246,14 @@ def _per_rank(batch_size: int, world: World, name: str) -> int:
 
 
 def _train_line(step: int, spade: Spade, metrics: dict[str, float]) -> str:
+    known = ""
+    if "weight_wrong" in metrics and "weight_right" in metrics:
+        right, wrong = metrics["weight_right"], metrics["weight_wrong"]
+        known = f"  weight of right labels {right:.2f}, wrong {wrong:.2f}"
     return (
         f"step {step:,}/{spade.total_steps:,}  epoch {(step - 1) // spade.steps_per_epoch + 1}  "
         f"loss {metrics['loss']:.3f}  weighted {metrics['weighted_loss']:.3f}  "
-        f"used {metrics['data_utilization']:.0%}  ℓ_pt {metrics['loss_moving_avg']:.3f}  "
+        f"used {metrics['data_utilization']:.0%}  ℓ_pt {metrics['loss_moving_avg']:.3f}{known}  "
         f"lr {metrics['lr']:.4f}  {metrics['images_per_s']:.1f} images/s  "
         f"{metrics['eta_s'] / 60:.1f} min left"
     )

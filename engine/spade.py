@@ -28,7 +28,9 @@ from mentorch.kernels.reweight import Reweighted
 
 IGNORED = -100
 USED = 0.001  # a weight above this counts as used, as in the released code's data utilisation
-METRICS = ("loss", "weighted_loss", "mean_weight", "data_utilization", "samples")
+# Sums over samples, then the counts they are divided by.
+SUMS = ("loss", "weighted_loss", "mean_weight", "data_utilization", "weight_right", "weight_wrong")
+COUNTS = ("samples", "right", "wrong")
 
 
 class Spade:
@@ -37,6 +39,7 @@ class Spade:
     Args:
         config: the run.
         labels_N: [N] int64 on the device: the given label of every row of the index.
+        clean_labels_N: likewise the labels known to be right; -1 where unknown. For metrics only.
         num_classes: width of the student's classifier.
         steps_per_epoch: of the loader.
         world: the ranks.
@@ -46,11 +49,13 @@ class Spade:
         self,
         config: RunConfig,
         labels_N: Tensor,
+        clean_labels_N: Tensor,
         num_classes: int,
         steps_per_epoch: int,
         world: World,
     ) -> None:
-        self.config, self.world, self.labels_N = config, world, labels_N
+        self.config, self.world = config, world
+        self.labels_N, self.clean_labels_N = labels_N, clean_labels_N
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = steps_per_epoch * config.train.epochs
         self.dtype = autocast_dtype(config.train.precision, world.device)
@@ -67,7 +72,8 @@ class Spade:
         decay = config.optim.average_decay
         self.average = ModelEmaV3(self.student, decay, use_warmup=True) if decay else None
         self.step_count = 0  # t
-        self._sums = torch.zeros(len(METRICS), dtype=torch.float64, device=world.device)
+        sums = len(SUMS) + len(COUNTS)
+        self._sums = torch.zeros(sums, dtype=torch.float64, device=world.device)
 
     def _replicate(self) -> nn.Module:
         """The student with its gradients averaged over the ranks."""
@@ -120,7 +126,7 @@ class Spade:
         logits = forward(self.replica, images, self.dtype)  # line 4
         out = self.criterion.weigh(logits, labels, batch.sample_ids)  # line 11: v ← g_m(φ(Ξ, w); Θ)
         self._update(out, labels)  # line 12: w ← w − α ∇F
-        self._count(out, labels)
+        self._count(out, labels, self.clean_labels_N[batch.sample_ids.clamp(min=0)])
 
     def _update(self, out: Reweighted, labels: Tensor) -> None:
         optim = self.config.optim
@@ -140,15 +146,21 @@ class Spade:
             self.average.update(self.student, step=self.step_count + 1)
 
     @torch.no_grad()
-    def _count(self, out: Reweighted, labels: Tensor) -> None:
+    def _count(self, out: Reweighted, labels: Tensor, clean_labels: Tensor) -> None:
         """Adds the step to the sums behind the metrics, on the device."""
-        weight = out.sample_weight
+        weight, valid = out.sample_weight, labels != IGNORED
+        right = valid & (clean_labels == labels)
+        wrong = valid & (clean_labels != labels) & (clean_labels >= 0)
         parts = [
             out.sample_loss.sum(),
             (weight * out.sample_loss).sum(),
             weight.sum(),
             (weight > USED).sum(),
-            (labels != IGNORED).sum(),
+            (weight * right).sum(),
+            (weight * wrong).sum(),
+            valid.sum(),
+            right.sum(),
+            wrong.sum(),
         ]
         self._sums += torch.stack([part.to(torch.float64) for part in parts])
 
@@ -164,10 +176,14 @@ class Spade:
         sums = torch.cat([self._sums, self._sums.new_tensor([float(stop)])])
         if self.world.world_size > 1:
             dist.all_reduce(sums)
-        *means, samples, stops = sums.tolist()
+        *totals, samples, right, wrong, stops = sums.tolist()
         self._sums.zero_()
-        names = METRICS[:-1]
-        metrics = {name: v / max(samples, 1) for name, v in zip(names, means, strict=True)}
+        counts = [max(samples, 1)] * 4 + [right, wrong]
+        metrics = {
+            name: total / count
+            for name, total, count in zip(SUMS, totals, counts, strict=True)
+            if count  # without known clean labels there are no right and wrong ones
+        }
         metrics["loss_moving_avg"] = float(self.criterion.loss_moving_avg)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
         return metrics, stops > 0

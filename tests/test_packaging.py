@@ -8,7 +8,6 @@ or *.egg-info is left behind. What was installed is tried by a Python without si
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -99,8 +98,7 @@ def test_wheel_holds_the_whole_package_and_nothing_else(tree: Path, wheel: Path)
 
 def test_sdist_builds_the_same_wheel(tree: Path, wheel: Path, tmp_path: Path) -> None:
     sdist = build("sdist", tree, tmp_path / "sdist")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path)
+    run(sys.executable, "-m", "tarfile", "-e", sdist, tmp_path, cwd=tmp_path)
     unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
     assert files_of(build("wheel", unpacked, tmp_path / "wheel")) == files_of(wheel)
 

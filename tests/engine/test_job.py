@@ -73,6 +73,9 @@ def test_a_run_trains_evaluates_and_keeps_its_record(small_run, capsys):
     assert train[-1]["weighted_loss"] < train[-1]["loss"]
     assert 0.05 < train[0]["data_utilization"] < 0.95, "burn-in drops about half of the samples"
     assert {"loss_moving_avg", "lr", "images_per_s"} <= train[0].keys()
+    for row in train:  # both are means over their own samples, so the mean of all lies between
+        low, high = sorted((row["weight_right"], row["weight_wrong"]))
+        assert low <= row["mean_weight"] <= high
     assert [r["step"] for r in rows if r["kind"] == "eval/imagenet"] == [12, 24]
 
     summary = json.loads((folder / "summary.json").read_text())
@@ -100,6 +103,8 @@ def test_the_student_learns(small_run):
     assert run(replace(small_run, **changes)) == 0
     summary = json.loads((_only_run(small_run) / "summary.json").read_text())
     assert summary["last"]["webvision"]["top1"] > 0.5
+    last = [row for row in _metrics(_only_run(small_run)) if row["kind"] == "train"][-1]
+    assert last["weight_right"] > last["weight_wrong"] + 0.2, "the curriculum sees no difference"
 
 
 @pytest.mark.parametrize("stop_after", [3, 12, 14])  # within an epoch, at its end, in the next one
