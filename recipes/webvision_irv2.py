@@ -19,7 +19,7 @@ from typing import Literal
 
 from mentorch.engine.cli import parse, run_cleanly
 from mentorch.engine.config import DataConfig, OptimConfig, RunConfig, StudentConfig, TrainConfig
-from mentorch.engine.data.embedded import write_embedded
+from mentorch.engine.data.embedded import embedded_root, write_embedded
 from mentorch.engine.job import run
 
 
@@ -48,12 +48,6 @@ EMBEDDED = replace(
     optim=replace(FULL.optim, lr=0.02, average_decay=0.9, warmup_epochs=0.5),
     train=TrainConfig(epochs=3, batch_size=16, eval_batch_size=64, log_every=10),
 )
-
-
-def embedded_root() -> Path:
-    """Where the embedded data set is kept, in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return cache / "mentorch" / "digits-as-webvision"
 
 
 def with_data(config: WebVision) -> WebVision:

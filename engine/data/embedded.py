@@ -6,6 +6,8 @@ an ILSVRC-like validation tree of other digits under ``ilsvrc/``. It serves test
 first run of the whole job.
 """
 
+import hashlib
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -38,6 +40,13 @@ Label noise in the training lists: symmetric (uniform over all classes), rate {N
 {SEED}.
 info/clean_labels.txt has the labels from before. Two files under google/ are broken on purpose.
 """
+
+
+def embedded_root() -> Path:
+    """Where the tree is kept: in the user's cache folder, another one for another version of it."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    version = hashlib.sha256(_README.encode()).hexdigest()[:8]
+    return cache / "mentorch" / f"digits-as-webvision-{version}"
 
 
 @dataclass
