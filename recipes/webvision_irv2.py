@@ -45,8 +45,8 @@ EMBEDDED = replace(
     name="webvision_irv2_embedded",
     data=DataConfig(image_size=75, resize=80, crop_scale=(0.5, 1.0), mirror=False),
     student=StudentConfig(drop_rate=0.0),
-    optim=replace(FULL.optim, lr=0.02, average_decay=0.9, warmup_epochs=0.5),
-    train=TrainConfig(epochs=3, batch_size=16, eval_batch_size=64, log_every=10),
+    optim=replace(FULL.optim, lr=0.015, average_decay=0.9, warmup_epochs=0.5),
+    train=TrainConfig(epochs=3, batch_size=32, eval_batch_size=64, log_every=10),
 )
 
 
