@@ -176,7 +176,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many checkpoints are kept, the latest; the best by top-1 on the first set is kept too."""
     log_every: int = 50
-    """Steps between lines of metrics. Between them the host does not wait for the device."""
+    """Steps between lines of metrics. Between them the host does not wait for the device, and with
+    several ranks a stop that was asked for waits for the next one."""
 
     def __post_init__(self) -> None:
         _at_least(

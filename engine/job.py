@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -18,7 +18,8 @@ from mentorch.engine.config import RunConfig, save_config
 from mentorch.engine.data.datasets import Datasets, Samples, bad_files, open_datasets
 from mentorch.engine.data.pipelines import Loader
 from mentorch.engine.distributed import World, distributed
-from mentorch.engine.evaluate import Accuracy, evaluate, share_buffers
+from mentorch.engine.evaluate import evaluate, share_buffers
+from mentorch.engine.scores import Scores
 from mentorch.engine.spade import Spade
 from mentorch.engine.telemetry import Telemetry, describe_environment
 
@@ -46,24 +47,6 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-
-
-@dataclass
-class Scores:
-    """Last and best accuracy on each validation set."""
-
-    last: dict[str, dict[str, float]] = field(default_factory=dict)
-    best: dict[str, dict[str, float]] = field(default_factory=dict)
-    best_checkpoint: str | None = None
-
-    def add(self, name: str, accuracy: Accuracy, epoch: int) -> bool:
-        """Notes a result; True when it is the best of its set so far."""
-        row = {"epoch": epoch, **asdict(accuracy)}
-        self.last[name] = row
-        if name in self.best and accuracy.top1 <= self.best[name]["top1"]:
-            return False
-        self.best[name] = row
-        return True
 
 
 class Job:
@@ -229,7 +212,7 @@ class Job:
             },
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        self.telemetry.say(_table(self.scores))
+        self.telemetry.say(self.scores.table())
 
     def close(self) -> None:
         """Stops threads and closes files."""
@@ -279,17 +262,6 @@ def _launcher(world: World) -> str:
         return f"python {sys.argv[0]}"
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return f"torchrun --nproc-per-node {ranks} {sys.argv[0]}"
-
-
-def _table(scores: Scores) -> str:
-    rows = [f"{'validation set':<16}{'images':>8}  last top-1  top-5   best top-1  top-5  (epoch)"]
-    for name, last in scores.last.items():
-        best = scores.best[name]
-        rows.append(
-            f"{name:<16}{last['images']:>8,}  {last['top1']:>10.4f}  {last['top5']:.4f}  "
-            f"{best['top1']:>10.4f}  {best['top5']:.4f} ({best['epoch']})"
-        )
-    return "\n".join(rows)
 
 
 def _run_folder(config: RunConfig, world: World) -> Path:
