@@ -83,9 +83,9 @@ class Telemetry:
 
     def _drop_after(self, step: int) -> None:
         if self._path.is_file():
-            lines = self._path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self._path.write_text("".join(line + "\n" for line in kept))
+            lines = self._path.read_text().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("}\n")]  # a crash may cut the last
+            self._path.write_text("".join(x for x in whole if json.loads(x)["step"] <= step))
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last line of metrics (an evaluation) out of the speed."""

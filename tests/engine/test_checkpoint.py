@@ -53,6 +53,7 @@ def test_a_checkpoint_restores_models_state_and_random_numbers(tmp_path):
     assert _equal(loaded_models, models)
     assert _equal(loaded_state, state)
     assert torch.equal(torch.randn(3), expected)
+    assert list(tmp_path.iterdir()) == [path], "something temporary is left"
 
 
 def test_what_is_not_complete_is_no_checkpoint(tmp_path, monkeypatch):
