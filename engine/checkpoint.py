@@ -4,14 +4,16 @@ A checkpoint is a folder ``step-00001234`` with
 
     model.safetensors           the student
     average.safetensors         its moving average, if there is one
-    state.safetensors + .json   optimiser, loss scale, ℓ_pt and step of the curriculum, …: tensors
-    and the rest rank-0.safetensors …        each rank's random states
+    state.safetensors + .json   optimiser, loss scale, curriculum, …: tensors and the rest
+    rank-0.safetensors …        what each rank has of its own: random states, a local ℓ_pt
 
-It is written under another name and renamed when complete, so a folder of that name is whole. The
-order of samples and their crops need no state: they are functions of the seed and the step.
+It is written under another name, flushed to the disk and renamed when complete, so a folder of that
+name is whole. The order of samples and their crops need no state: they are functions of the seed
+and the step.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,15 +59,21 @@ def _random_states(device: torch.device) -> Tensors:
 
 
 def save_checkpoint(
-    folder: Path, step: int, models: dict[str, Tensors], state: dict[str, Any], world: World
+    folder: Path,
+    step: int,
+    models: dict[str, Tensors],
+    state: dict[str, Any],
+    own: Tensors,
+    world: World,
 ) -> Path:
-    """Writes a checkpoint; every rank calls it, the main rank writes all but the random states.
+    """Writes a checkpoint; every rank calls it, the main rank writes all that is not its own.
 
     Args:
         folder: the run's checkpoints.
         step: training steps taken.
         models: state dicts by file name, "model" and perhaps "average".
         state: nested dicts of tensors and JSON values.
+        own: what differs between ranks, besides the random states.
         world: the ranks.
 
     Returns:
@@ -77,7 +85,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     world.wait()
-    save_file(_random_states(world.device), temporary / f"rank-{world.rank}.safetensors")
+    of_rank = _random_states(world.device) | {f"own/{k}": v.cpu() for k, v in own.items()}
+    save_file(of_rank, temporary / f"rank-{world.rank}.safetensors")
     if world.is_main:
         for name, tensors in models.items():
             whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -88,19 +97,31 @@ def save_checkpoint(
         (temporary / "state.json").write_text(json.dumps(skeleton))
     world.wait()
     if world.is_main:
+        _to_disk(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
+        _to_disk(folder)
     world.wait()
     return final
 
 
-def load_checkpoint(path: Path, world: World) -> tuple[dict[str, Tensors], dict[str, Any]]:
+def _to_disk(folder: Path) -> None:
+    """Flushes a folder and the files in it."""
+    for path in [*filter(Path.is_file, folder.iterdir()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def load_checkpoint(path: Path, world: World) -> tuple[dict[str, Tensors], dict[str, Any], Tensors]:
     """Reads a checkpoint and restores this rank's random states.
 
-    A rank that the saved run did not have starts with the random states it has now.
+    A rank that the saved run did not have keeps the random states it has now.
 
     Returns:
-        The models and the state that were saved.
+        The models, the state and this rank's own tensors (none for such a rank) that were saved.
     """
     models = {
         name: load_file(path / f"{name}.safetensors")
@@ -109,13 +130,14 @@ def load_checkpoint(path: Path, world: World) -> tuple[dict[str, Tensors], dict[
     }
     skeleton = json.loads((path / "state.json").read_text())
     state: dict[str, Any] = unpack(skeleton, load_file(path / "state.safetensors"))
-    random_file = path / f"rank-{world.rank}.safetensors"
-    if random_file.is_file():
-        random = load_file(random_file)
-        torch.set_rng_state(random["cpu"])
-        if "cuda" in random and world.device.type == "cuda":
-            torch.cuda.set_rng_state(random["cuda"], world.device)
-    return models, state
+    rank_file = path / f"rank-{world.rank}.safetensors"
+    of_rank = load_file(rank_file) if rank_file.is_file() else {}
+    if "cpu" in of_rank:
+        torch.set_rng_state(of_rank["cpu"])
+    if "cuda" in of_rank and world.device.type == "cuda":
+        torch.cuda.set_rng_state(of_rank["cuda"], world.device)
+    own = {k.removeprefix("own/"): v for k, v in of_rank.items() if k.startswith("own/")}
+    return models, state, own
 
 
 def checkpoints(folder: Path) -> list[Path]:

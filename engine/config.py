@@ -69,6 +69,8 @@ class DataConfig:
                 f"resize ({self.resize}) must be at least image_size ({self.image_size}): the "
                 "centre that is cut cannot be larger than the image"
             )
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, got {self.std}")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale must be 0 < from ≤ to ≤ 1, got {self.crop_scale}")

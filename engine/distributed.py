@@ -42,6 +42,13 @@ class World:
         dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]  # type: ignore[no-any-return]
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank (anything JSON-like)."""
+        values: list[Any] = [value] * self.world_size
+        if self.patient is not None:
+            dist.all_gather_object(values, value, group=self.patient)
+        return values
+
 
 def _device(wanted: str) -> torch.device:
     if wanted == "auto":
@@ -50,7 +57,10 @@ def _device(wanted: str) -> torch.device:
         return torch.device(wanted)
     if not torch.cuda.is_available():
         raise ValueError("device='cuda' was asked for, but torch sees no CUDA GPU here")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ValueError(f"rank {local_rank} of this host has no GPU: there are {gpus} of them")
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
@@ -75,5 +85,8 @@ def distributed(device: str = "auto") -> Iterator[World]:
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         assert isinstance(patient, dist.ProcessGroup)  # every rank is in it
         yield World(dist.get_rank(), dist.get_world_size(), chosen, patient)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if dist.get_world_size() == 1:
+            dist.destroy_process_group()
+        raise  # among several, leaving would wait for the others: dying is what torchrun sees
+    dist.destroy_process_group()

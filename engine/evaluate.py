@@ -28,7 +28,7 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def share_buffers(module: nn.Module, world: World) -> None:
-    """Gives every rank the main rank's running statistics, which are each rank's own otherwise."""
+    """Gives every rank the main rank's running statistics; an average's are each rank's own."""
     if world.world_size > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)

@@ -1,15 +1,13 @@
 """The whole job: open the data, train the student under its curriculum, evaluate, keep a record."""
 
+import hashlib
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 
 import torch
 
@@ -21,32 +19,10 @@ from mentorch.engine.distributed import World, distributed
 from mentorch.engine.evaluate import evaluate, share_buffers
 from mentorch.engine.scores import Scores
 from mentorch.engine.spade import Spade
+from mentorch.engine.stop import StopRequest
 from mentorch.engine.telemetry import Telemetry, describe_environment
 
 STOPPED = 130  # exit status of a run that was asked to stop and can be resumed
-
-
-@dataclass
-class StopRequest:
-    """Set by the first Ctrl-C or SIGTERM; a second one interrupts at once."""
-
-    asked: bool = False
-
-    @contextmanager
-    def listening(self) -> Iterator["StopRequest"]:
-        """Listens for the signals inside the block."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._ask) for number in numbers}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 class Job:
@@ -60,12 +36,17 @@ class Job:
 
     def __init__(self, config: RunConfig, world: World, folder: Path) -> None:
         self.config, self.world, self.folder = config, world, folder
-        self.batch_size = _per_rank(config.train.batch_size, world, "train.batch_size")
+        train = config.train
+        self.batch_size = _per_rank(train.batch_size, world, "train.batch_size")
+        self.eval_batch_size = _per_rank(
+            train.eval_batch_size or train.batch_size, world, "train.eval_batch_size"
+        )
+        self.unreadable: dict[str, str] = {}
         self.datasets = open_datasets(config.data, world)
         self.loader = self._loader(self.datasets.train, self.batch_size, train=True)
-        train, classes = self.datasets.train, len(self.datasets.classes)
-        labels = torch.from_numpy(train.labels_N).to(world.device)
-        clean = torch.from_numpy(train.index.clean_labels()).to(world.device)
+        samples, classes = self.datasets.train, len(self.datasets.classes)
+        labels = torch.from_numpy(samples.labels_N).to(world.device)
+        clean = torch.from_numpy(samples.index.clean_labels()).to(world.device)
         self.spade = Spade(config, labels, clean, classes, self.loader.steps_per_epoch, world)
         self.scores = Scores()
         if config.resume:
@@ -98,9 +79,28 @@ class Job:
         found = checkpoint.checkpoints(self.folder / "checkpoints")
         if not found:
             raise FileNotFoundError(f"{self.folder} has no complete checkpoint to go on from")
-        models, state = checkpoint.load_checkpoint(found[-1], self.world)
-        self.spade.load(models, state["spade"])
+        models, state, own = checkpoint.load_checkpoint(found[-1], self.world)
+        for name, here in self._fingerprint().items():
+            if state["fingerprint"][name] != here:
+                raise ValueError(
+                    f"{found[-1]} was made with {name} {state['fingerprint'][name]!r}, this run "
+                    f"has {here!r}: it would not go on as it was. Undo that, or start a new run"
+                )
+        self.spade.load(models, state["spade"], own)
         self.scores = Scores(**state["scores"])
+
+    def _fingerprint(self) -> dict[str, str | int | bool]:
+        """What must not change between a run and its resumption, by option."""
+        config, samples = self.config, self.datasets.train
+        return {
+            "seed": config.seed,
+            "train.batch_size": config.train.batch_size,
+            "student.name": config.student.name,
+            "classes": len(self.datasets.classes),
+            "precision": str(self.spade.dtype),
+            "an average of the weights": self.spade.average is not None,
+            "training samples": hashlib.sha256(samples.sample_ids.tobytes()).hexdigest()[:16],
+        }
 
     def run(self, stop: StopRequest) -> bool:
         """Trains to the end or until asked to stop; True when it reached the end."""
@@ -135,25 +135,25 @@ class Job:
     def _end_of_epoch(self, epoch: int) -> None:
         train = self.config.train
         last = epoch == train.epochs
-        best = False
+        due = last or epoch % train.checkpoint_every == 0
+        if due:  # first of all: whatever happens in the evaluation, the epoch is kept
+            self._save()
         if last or epoch % train.evaluate_every == 0:
             best = self._evaluate(epoch)
-        if last or best or epoch % train.checkpoint_every == 0:
-            self._save(best)
+            if due or best:
+                self._save(best)
         self.telemetry.restart_clock()
 
     def _evaluate(self, epoch: int) -> bool:
         """Evaluates on every set; True when the first set's top-1 is the best so far."""
-        train, spade, best = self.config.train, self.spade, []
-        batch_size = _per_rank(
-            train.eval_batch_size or train.batch_size, self.world, "train.eval_batch_size"
-        )
+        spade, best = self.spade, []
         for name, samples in self.datasets.evaluate.items():
-            loader = self._loader(samples, batch_size, train=False)
+            loader = self._loader(samples, self.eval_batch_size, train=False)
             labels = torch.from_numpy(samples.labels_N).to(self.world.device)
             accuracy = evaluate(
                 spade.trained, loader, labels, spade.normalise, spade.dtype, self.world
             )
+            self._note_unreadable(loader)
             loader.close()
             best.append(self.scores.add(name, accuracy, epoch))
             self.telemetry.log(spade.step_count, f"eval/{name}", asdict(accuracy))
@@ -168,8 +168,13 @@ class Job:
         share_buffers(spade.student, self.world)
         if best:
             self.scores.best_checkpoint = f"step-{spade.step_count:08d}"
-        state = {"spade": spade.state(), "scores": asdict(self.scores)}
-        checkpoint.save_checkpoint(folder, spade.step_count, spade.models(), state, self.world)
+        state = {
+            "spade": spade.state(),
+            "scores": asdict(self.scores),
+            "fingerprint": self._fingerprint(),
+        }
+        models, own = spade.models(), {"loss_moving_avg": spade.criterion.loss_moving_avg}
+        checkpoint.save_checkpoint(folder, spade.step_count, models, state, own, self.world)
         if self.world.is_main:
             keep = self.config.train.keep_checkpoints
             checkpoint.prune(folder, keep, self.scores.best_checkpoint)
@@ -196,10 +201,15 @@ class Job:
             f"go on with\n    {_launcher(self.world)} --resume {self.folder}"
         )
 
+    def _note_unreadable(self, loader: Loader) -> None:
+        """Collects what any rank could not read while streaming."""
+        for found in self.world.gather(loader.unreadable()):
+            self.unreadable |= {loader.index.path(i): reason for i, reason in found.items()}
+
     def _summarize(self) -> None:
+        self._note_unreadable(self.loader)
         if not self.world.is_main:
             return
-        unreadable = self.loader.unreadable()
         summary = {
             "steps": self.spade.step_count,
             "epochs": self.config.train.epochs,
@@ -207,9 +217,7 @@ class Job:
             "best": self.scores.best,
             "noise": self.datasets.train.index.noise,
             "seed": self.config.seed,
-            "unreadable_files": {
-                self.datasets.train.index.path(i): why for i, why in unreadable.items()
-            },
+            "unreadable_files": self.unreadable,
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         self.telemetry.say(self.scores.table())
@@ -277,10 +285,10 @@ def run(config: RunConfig) -> int:
     Returns:
         The process's exit status: 0 at the end of training, 130 when stopped and resumable.
     """
-    with distributed(config.device) as world, StopRequest().listening() as stop:
-        folder = _run_folder(config, world)
-        job = Job(config, world, folder)
+    with distributed(config.device) as world:
+        job = Job(config, world, _run_folder(config, world))
         try:
-            return 0 if job.run(stop) else STOPPED
+            with StopRequest().listening() as stop:
+                return 0 if job.run(stop) else STOPPED
         finally:
             job.close()

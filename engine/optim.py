@@ -79,7 +79,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def add_weight_decay(
-    optimizer: torch.optim.Optimizer, weight_decay: float, mean_weight: Tensor, world_size: int
+    optimizer: torch.optim.Optimizer, weight_decay: float, weight_and_count: Tensor, world_size: int
 ) -> None:
     """Adds weight_decay · v̄ · w to the gradients, v̄ the mean sample weight of the global batch.
 
@@ -89,13 +89,12 @@ def add_weight_decay(
     Args:
         optimizer: made with ``scale_weight_decay``; its first group has no decay (norms, biases).
         weight_decay: θ of Eq. 1.
-        mean_weight: 0-d, v̄ of this rank.
+        weight_and_count: [2], Σv and the number of samples of this rank.
         world_size: number of ranks.
     """
     if world_size > 1:
-        mean_weight = mean_weight.clone()
-        dist.all_reduce(mean_weight)
-        mean_weight /= world_size
+        dist.all_reduce(weight_and_count)
+    mean_weight = weight_and_count[0] / weight_and_count[1].clamp(min=1)
     pairs = [(p, p.grad) for p in _decayed(optimizer) if p.grad is not None]
     weights, gradients = [p for p, _ in pairs], [gradient for _, gradient in pairs]
     decay = list(torch._foreach_mul(weights, mean_weight * weight_decay))

@@ -131,15 +131,16 @@ class Spade:
     def _update(self, out: Reweighted, labels: Tensor) -> None:
         optim = self.config.optim
         set_learning_rate(self.optimizer, self.lr)
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.student.parameters():
+            parameter.grad = None  # what zero_grad does, which apex's optimisers define differently
         self.scaler.scale(out.loss).backward()
         if optim.clip_norm or optim.scale_weight_decay:
             self.scaler.unscale_(self.optimizer)
         if optim.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.clip_norm)
         if optim.scale_weight_decay:
-            mean = out.sample_weight.sum() / (labels != IGNORED).sum().clamp(min=1)
-            add_weight_decay(self.optimizer, optim.weight_decay, mean, self.world.world_size)
+            sums = torch.stack([out.sample_weight.sum(), (labels != IGNORED).sum()])
+            add_weight_decay(self.optimizer, optim.weight_decay, sums, self.world.world_size)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average:
@@ -199,20 +200,16 @@ class Spade:
         """Everything else a checkpoint holds."""
         return {
             "step": self.step_count,
-            "steps_per_epoch": self.steps_per_epoch,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "criterion": self.criterion.state_dict(),
             "sums": self._sums,
         }
 
-    def load(self, models: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        """Puts back what `models` and `state` gave."""
-        if state["steps_per_epoch"] != self.steps_per_epoch:
-            raise ValueError(
-                f"the checkpoint counts {state['steps_per_epoch']} steps an epoch, this run "
-                f"{self.steps_per_epoch}: data, protocol or batch size have changed since"
-            )
+    def load(
+        self, models: dict[str, dict[str, Tensor]], state: dict[str, Any], own: dict[str, Tensor]
+    ) -> None:
+        """Puts back what `models` and `state` gave, and the rank's own ℓ_pt if it had one."""
         self.student.load_state_dict(models["model"])
         if self.average:
             self.average.module.load_state_dict(models["average"])
@@ -224,5 +221,7 @@ class Spade:
                     slots[name] = torch.empty_like(parameter).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
         self.criterion.load_state_dict(state["criterion"])
+        if "loss_moving_avg" in own:
+            self.criterion.loss_moving_avg.copy_(own["loss_moving_avg"])
         self._sums.copy_(state["sums"])
         self.step_count = state["step"]

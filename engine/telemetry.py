@@ -30,9 +30,11 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    here = Path(__file__).resolve().parent
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None  # installed, not a checkout
     try:
-        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True)
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -29,7 +29,7 @@ class ExampleDropout:
     rate: float = 0.0
     """Share of samples dropped after burn-in."""
     exact: bool = False
-    """Keep exactly ⌊B(1 − rate)⌋ samples, as released, instead of one coin a sample."""
+    """Keep exactly ⌊B(1 − rate)⌋ of a rank's B samples, as released, not one coin a sample."""
 
     def __post_init__(self) -> None:
         for name in ("burn_in_rate", "rate"):

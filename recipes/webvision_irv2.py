@@ -1,14 +1,13 @@
-"""Inception-ResNet-v2 on WebVision 1.0 under a MentorNet (Sec. 5.2 of the paper).
+r"""Inception-ResNet-v2 on WebVision 1.0 under a MentorNet (Sec. 5.2 of the paper).
 
-With no data given it trains on real handwritten digits in WebVision's layout, at a size a laptop
-bears:
+With no data given it trains on real digits in WebVision's layout, at a size a laptop bears:
 
     torchrun recipes/webvision_irv2.py
 
 With the data and eight GPUs, the paper's mini protocol (Google images of the first 50 classes):
 
-    torchrun --nproc-per-node 8 recipes/webvision_irv2.py --webvision /data/webvision --imagenet
-    /data/imagenet
+    torchrun --nproc-per-node 8 recipes/webvision_irv2.py \
+        --webvision /data/webvision --imagenet /data/imagenet
 """
 
 import os
@@ -53,6 +52,8 @@ EMBEDDED = replace(
 def with_data(config: WebVision) -> WebVision:
     """The recipe's three options, spelt out as every run's data options."""
     root, imagenet = config.webvision, config.imagenet
+    if imagenet and not root:
+        raise ValueError("--imagenet is a second validation set of --webvision, which is missing")
     if root is None:
         root = embedded_root()
         imagenet = imagenet or root / "ilsvrc"
@@ -62,21 +63,19 @@ def with_data(config: WebVision) -> WebVision:
                 f"No --webvision given: training on scikit-learn's digits, as WebVision in {root}"
             )
     evaluate = {"webvision": root} | ({"imagenet": imagenet} if imagenet else {})
-    mini = config.protocol == "mini"
-    chosen = replace(
-        config.data,
-        train=root,
-        evaluate=evaluate,
-        sources=("google",) if mini else (),
-        max_label=50 if mini else None,
-    )
-    return replace(config, data=chosen)
+    mini = {"sources": ("google",), "max_label": 50} if config.protocol == "mini" else {}
+    ours = {"train": root, "evaluate": evaluate, "sources": (), "max_label": None} | mini
+    for name, value in ours.items():
+        if getattr(config.data, name) not in (getattr(DataConfig, name, {}), value, {}):
+            option = f"--data.{name.replace('_', '-')}"
+            raise ValueError(f"{option} follows from --webvision, --imagenet and --protocol here")
+    return replace(config, data=replace(config.data, **ours))
 
 
 def main() -> int:
     """Trains and evaluates."""
-    given = any(word.split("=")[0] == "--webvision" for word in sys.argv)
-    return run(with_data(parse(WebVision, FULL if given else EMBEDDED)))
+    default = FULL if "--webvision" in " ".join(sys.argv) else EMBEDDED
+    return run(with_data(parse(WebVision, default)))
 
 
 if __name__ == "__main__":

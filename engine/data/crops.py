@@ -46,7 +46,7 @@ def centre(sizes: Sizes, crop_share: float) -> Windows:
         crop_share: side of the square in shorter sides, e.g. 299/320.
     """
     size = sizes.astype(np.float32)
-    side = size.min(axis=1) * np.float32(crop_share)
+    side = np.maximum(size.min(axis=1) * np.float32(crop_share), 1)
     return _relative((size[:, 1] - side) / 2, (size[:, 0] - side) / 2, side, side, size)
 
 

@@ -81,7 +81,7 @@ def open_index(path: Path, world: World) -> Index:
     world.wait()
     for _ in range(30):  # a shared file system may show the file a little later
         if file.is_file():
-            return Index.read(file)
+            return Index.read(file, root=path.absolute())  # wherever it is mounted now
         time.sleep(1)
     raise FileNotFoundError(
         f"{file}, which the main rank wrote, is not on this host. Use storage all hosts share, or "

@@ -6,6 +6,7 @@ state but the position: a run resumes by asking for the batches from there on.
 """
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from mentorch.engine.config import DataConfig
 from mentorch.engine.data import crops
 from mentorch.engine.data.index import Index
-from mentorch.engine.data.order import Ids, rank_batches, shuffled
+from mentorch.engine.data.order import PADDING, Ids, rank_batches, shuffled
 from mentorch.engine.data.source import BatchSource, EncodedBatch
 from mentorch.engine.distributed import World
 
@@ -110,7 +111,7 @@ class Loader:
         seed: int = 0,
         world: World | None = None,
     ) -> None:
-        self.sample_ids = sample_ids
+        self.index, self.sample_ids = index, sample_ids
         self.batch_size = batch_size
         self.config = config
         self.train = train
@@ -147,23 +148,35 @@ class Loader:
             ((ids, epoch) for ids in self._epoch(epoch)[skip if epoch == first_epoch else 0 :])
             for epoch in range(first_epoch, epochs)
         )
-        encoded = self._source.batches(plan)
+        in_flight: deque[Ids] = deque()
+        encoded = self._noted(self._source.batches(plan), in_flight)
         pipe = _build(encoded, self.batch_size, self._threads(), self.config, self.world.device)
         for _ in range(epochs * self.steps_per_epoch - start_step):
-            yield self._next(pipe)
+            yield self._next(pipe, in_flight)
 
     def _threads(self) -> int:
+        # The affinity, not cpu_count: containers are given fewer cores than the machine has.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return self.config.threads or max(1, (os.cpu_count() or 1) // ranks_here)
+        return self.config.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
-    def _next(self, pipe: Any) -> Batch:
+    @staticmethod
+    def _noted(encoded: Iterator[EncodedBatch], in_flight: deque[Ids]) -> Iterator[EncodedBatch]:
+        """Notes which samples DALI has been handed and has not given back."""
+        for batch in encoded:
+            in_flight.append(batch.sample_ids)
+            yield batch
+
+    def _next(self, pipe: Any, in_flight: deque[Ids]) -> Batch:
         try:
             images, sample_ids = pipe.run()
         except RuntimeError as error:
+            suspects = in_flight[0] if in_flight else ()
+            paths = (self.index.path(i) for i in suspects if i != PADDING)
             raise RuntimeError(
-                "DALI could not decode a file of this batch; `mentorch index … --reverify` finds "
-                f"it and leaves it out. DALI says: {error}"
+                f"DALI says: {error}\nIt could not decode one of these files, although Pillow "
+                f"could; repair it or take it away (missing files are skipped): {', '.join(paths)}"
             ) from error
+        in_flight.popleft()
         return Batch(self._to_torch(images), self._to_torch(sample_ids))
 
     def _to_torch(self, output: Any) -> Tensor:

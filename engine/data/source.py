@@ -108,7 +108,8 @@ class BatchSource:
             data = read.result()
             if isinstance(data, str):
                 self._note(int(sample_ids[row]), data)
-                sample_ids[row] = PADDING
+                sample_ids[row] = PADDING  # the whole placeholder: a thin window of it is empty
+                windows.start_HW[row], windows.shape_HW[row] = 0, 1
             else:
                 files[row] = data
         return EncodedBatch(files, windows.start_HW, windows.shape_HW, windows.flip, sample_ids)

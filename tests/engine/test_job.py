@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -126,8 +127,8 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     torch.manual_seed(12345)  # nothing may depend on where the generator happens to be
     assert run(parse(RunConfig, RunConfig(), ["--resume", str(folder)])) == 0
 
-    one_path, one_models, one_state = _final(_only_run(whole))
-    two_path, two_models, two_state = _final(folder)
+    one_path, one_models, one_state, _ = _final(_only_run(whole))
+    two_path, two_models, two_state, _ = _final(folder)
     assert one_path.name == two_path.name
     for name, tensors in one_models.items():
         for key, tensor in tensors.items():
@@ -146,12 +147,43 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
             assert row[key] == by_step[row["step"]][key], (row["step"], key)
 
 
-def test_resuming_with_another_batch_size_is_refused(small_run, monkeypatch):
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--train.batch-size", "32", r"train\.batch_size 16, this run has 32"),
+        ("--seed", "1", r"seed 0, this run has 1"),
+        ("--data.sources", "google", "training samples"),
+        ("--optim.average-decay", "0", "an average of the weights True, this run has False"),
+    ],
+)
+def test_resuming_another_run_is_refused(small_run, monkeypatch, option, value, message):
     monkeypatch.setattr(job_module, "StopRequest", lambda: StopAfter(2))
     assert run(small_run) == STOPPED
-    arguments = ["--resume", str(_only_run(small_run)), "--train.batch-size", "32"]
-    with pytest.raises(ValueError, match="counts 12 steps an epoch, this run 6"):
+    arguments = ["--resume", str(_only_run(small_run)), option, value]
+    with pytest.raises(ValueError, match=message):
         run(parse(RunConfig, RunConfig(), arguments))
+
+
+def test_the_epoch_is_kept_when_its_evaluation_fails(small_run, monkeypatch):
+    monkeypatch.setattr(job_module, "evaluate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(small_run)
+    assert checkpoints(_only_run(small_run) / "checkpoints")[-1].name == "step-00000012"
+
+
+def test_a_data_set_may_move(small_run, digits, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(digits, moved)
+    train = replace(small_run.train, epochs=1)
+    data = replace(small_run.data, train=moved, evaluate={"webvision": moved})
+    assert run(replace(small_run, data=data, train=train)) == 0
+    summary = json.loads((_only_run(small_run) / "summary.json").read_text())
+    assert not summary["unreadable_files"]
+    shutil.rmtree(moved / "val_images_256")
+    resumed = ["--resume", str(_only_run(small_run)), "--train.epochs", "2"]
+    assert run(parse(RunConfig, RunConfig(), resumed)) == 0
+    summary = json.loads((_only_run(small_run) / "summary.json").read_text())
+    assert len(summary["unreadable_files"]) == 250, "the images were read from the old place"
 
 
 def test_a_run_without_a_checkpoint_cannot_be_resumed(small_run, tmp_path):

@@ -80,3 +80,8 @@ def test_extreme_shapes_fall_back_to_the_largest_centred_window():
     assert np.allclose(pixels[0], [0, 494, 10, 13], atol=1)  # a row of 1000 by 10: 13 by 10
     assert np.allclose(pixels[1], [494, 0, 13, 10], atol=1)
     assert np.allclose(pixels[2], [0, 0, 1, 1])
+
+
+def test_the_centre_of_a_line_is_a_whole_pixel():
+    sizes = np.array([[100, 1], [1, 100]], np.int32)
+    assert np.allclose(_pixels(centre(sizes, 299 / 320), sizes), [[0, 49.5, 1, 1], [49.5, 0, 1, 1]])

@@ -110,6 +110,18 @@ def test_a_file_that_went_bad_after_indexing_loses_its_row_only(digits_index, tm
     assert str(html) in caplog.text
 
 
+def test_a_narrow_file_that_is_gone_still_gets_a_row(digits_index, tmp_path):
+    """Its window is a sliver of the file; of the placeholder's 8 pixels nothing would be left."""
+    sizes = digits_index.sizes()[:, :1] * [[1, 40]]  # width and height: 96 by 3,840
+    columns = digits_index.table.drop_columns("height")
+    table = columns.append_column("height", [sizes[:, 1].astype(np.int32)])
+    gone = replace(digits_index, root=tmp_path, table=table)
+    ids = digits_index.select("val")[:16]
+    for train in (True, False):
+        batch = next(_loader(gone, ids, train=train).batches())
+        assert (batch.sample_ids == PADDING).all()
+
+
 def test_normalise_gives_channels_last_floats():
     images = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8)
     out = Normalise((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(images)
@@ -118,6 +130,18 @@ def test_normalise_gives_channels_last_floats():
     mean, std = (torch.tensor(x) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     expected = ((images.double() / 255 - mean) / std).permute(0, 3, 1, 2)
     assert torch.allclose(out.double(), expected, atol=1e-5)
+
+
+def test_what_dali_cannot_decode_is_named(digits_index, tmp_path):
+    """A scan of noise between good headers and a good end: no check of ours sees it."""
+    ids = digits_index.select("val")[:16]
+    for sample_id in ids:
+        path = tmp_path / digits_index.path(sample_id)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"\xff\xd8\xff\xdb\x00\x04\x00\x00\xff\xda\x00\x02\x00\xff\xd9")
+    loader = _loader(replace(digits_index, root=tmp_path), ids, train=False)
+    with pytest.raises(RuntimeError, match=digits_index.path(ids[0])):
+        next(loader.batches())
 
 
 def test_without_dali_the_error_says_what_to_install(digits_index, monkeypatch):

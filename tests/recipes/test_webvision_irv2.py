@@ -1,0 +1,55 @@
+"""The recipe's own part: from its three options to every run's data options."""
+
+import re
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPE = runpy.run_path(str(REPOSITORY / "recipes" / "webvision_irv2.py"))
+with_data, full, embedded = (RECIPE[name] for name in ("with_data", "FULL", "EMBEDDED"))
+
+
+def test_mini_and_entire():
+    config = replace(full, webvision=Path("/w"), imagenet=Path("/i"))
+    mini = with_data(config).data
+    assert (mini.train, mini.sources, mini.max_label) == (Path("/w"), ("google",), 50)
+    assert mini.evaluate == {"webvision": Path("/w"), "imagenet": Path("/i")}
+    entire = with_data(replace(config, protocol="entire")).data
+    assert (entire.sources, entire.max_label) == ((), None)
+    assert with_data(with_data(config)) == with_data(config), "a resumed run's configuration"
+
+
+def test_without_data_the_digits_are_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = with_data(embedded).data
+    assert (data.train / "info" / "train_filelist_google.txt").is_file()
+    assert data.evaluate["imagenet"].is_dir()
+    assert "No --webvision given" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("train", Path("x.parquet")), ("evaluate", {"a": Path("b")}), ("max_label", 10)],
+)
+def test_data_options_that_the_recipe_sets_are_refused(name, value):
+    config = replace(full, webvision=Path("/w"))
+    config = replace(config, data=replace(config.data, **{name: value}))
+    option = re.escape(f"--data.{name.replace('_', '-')}")
+    with pytest.raises(ValueError, match=option):
+        with_data(config)
+
+
+def test_imagenet_alone_is_refused():
+    with pytest.raises(ValueError, match="--imagenet is a second validation set"):
+        with_data(replace(full, imagenet=Path("/i")))
+
+
+def test_the_readmes_commands_are_those_of_ci():
+    readme = (REPOSITORY / "README.md").read_text()
+    command = "./setup dev && .venv/bin/pytest"
+    assert f"```bash\n{command}\n```" in readme
+    assert command in (REPOSITORY / ".ci" / "run").read_text()
+    assert "./setup && .venv/bin/torchrun recipes/webvision_irv2.py" in readme
