@@ -27,7 +27,7 @@ from mentorch.engine.data.files import Ignored, folders_in
 from mentorch.engine.data.folder import class_images, rows_of_folders
 from mentorch.engine.data.index import Index
 from mentorch.engine.data.synsets import read_synsets
-from mentorch.engine.data.val_list import read_flat_val
+from mentorch.engine.data.val_list import listed_wnids, read_flat_val
 
 _SYNSET_FILES = ("synsets.txt", "LOC_synset_mapping.txt", "synset_words.txt")
 _WNID = re.compile(r"n\d{8}")
@@ -62,10 +62,11 @@ def index_imagenet(
     out = default_out(root, "imagenet", Path(out) if out is not None else None)
     ignored = Ignored()
     train = class_images(root, "train", ignored) if (root / "train").is_dir() else {}
-    ids, names = _classes(root, train, Path(synsets) if synsets is not None else None)
+    val_list = Path(val_list) if val_list is not None else None
+    ids, names = _classes(root, train, Path(synsets) if synsets is not None else None, val_list)
     parts = [rows_of_folders("train", train, ids)] if train else []
     if (root / "val").is_dir():
-        parts.append(_val_rows(root, ids, Path(val_list) if val_list is not None else None))
+        parts.append(_val_rows(root, ids, val_list))
     ignored.print()
     if not sum(map(len, parts)):
         raise FileNotFoundError(
@@ -100,7 +101,10 @@ def match_labels(index: Index, classes: Sequence[str]) -> npt.NDArray[np.int64]:
     return np.asarray(table[index.labels()])
 
 
-def _classes(root: Path, train: dict[str, list[str]], synsets: Path | None) -> Classes:
+def _classes(
+    root: Path, train: dict[str, list[str]], synsets: Path | None, val_list: Path | None
+) -> Classes:
+    """Ids and names by label: a class list's, else the wnids of train/, else those of val/."""
     file = _synset_file(root, synsets)
     if file is not None:
         ids, names = read_synsets(file)
@@ -110,7 +114,10 @@ def _classes(root: Path, train: dict[str, list[str]], synsets: Path | None) -> C
         return ids, names
     wnids = sorted(train)
     if not wnids and (root / "val").is_dir():
-        wnids = [name for name in folders_in(root / "val") if _WNID.fullmatch(name)]
+        folders = folders_in(root / "val")
+        wnids = [name for name in folders if _WNID.fullmatch(name)]
+        if not folders:
+            wnids = list(listed_wnids(root, val_list))
     return tuple(wnids), tuple(wnids)
 
 

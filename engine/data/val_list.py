@@ -58,6 +58,14 @@ def read_flat_val(
     return pa.array([p for p, _ in kept], pa.string()), np.array([y for _, y in kept], np.int32)
 
 
+def listed_wnids(root: Path, val_list: Path | None) -> tuple[str, ...]:
+    """The wnids that the list of a flat ``val/`` names, sorted; none when it has numbers."""
+    file = _find_list(root, val_list)
+    on_disk = images_below(root / "val", Ignored(), recursive=False)
+    words = {word for _, (_, word) in _entries(file, on_disk)}
+    return tuple(sorted(filter(_WNID.fullmatch, words)))
+
+
 def _find_list(root: Path, given: Path | None) -> Path:
     if given is not None:
         if not given.is_file():

@@ -127,6 +127,32 @@ def test_flat_with_kaggles_solution(flat, put):
     assert _val(index_imagenet(flat)) == FLAT
 
 
+@pytest.mark.parametrize("kind", ["by name", "a wnid a line", "kaggle"])
+def test_flat_without_training_images_takes_the_lists_classes(put, tmp_path, kind):
+    wnids = [W[label] for label in LABELS]
+    for name in VAL:
+        put(f"val/{name}.JPEG")
+    pairs = list(zip(VAL, wnids, strict=True))
+    if kind == "by name":
+        put("val.txt", "".join(f"{name}.JPEG {wnid}\n" for name, wnid in pairs))
+    elif kind == "kaggle":
+        rows = "".join(f"{name},{wnid} 1 2 3 4\n" for name, wnid in pairs)
+        put("LOC_val_solution.csv", f"ImageId,PredictionString\n{rows}")
+    else:
+        put("imagenet_2012_validation_synset_labels.txt", "".join(f"{w}\n" for w in wnids))
+    index = index_imagenet(tmp_path)
+    assert index.classes == (W[0], W[2], W[3])
+    given = {path: index.classes[label] for path, (label, _) in _val(index).items()}
+    assert given == {f"val/{name}.JPEG": wnid for name, wnid in pairs}
+
+
+def test_flat_with_numbers_and_nothing_else_needs_a_class_list(put, tmp_path):
+    put(f"val/{VAL[0]}.JPEG")
+    put("val.txt", f"{VAL[0]}.JPEG 2\n")
+    with pytest.raises(ValueError, match=r"nothing says which wnid label 2 is; give --synsets"):
+        index_imagenet(tmp_path)
+
+
 def test_flat_leaves_out_other_classes_and_unlisted_images(flat, put, capsys):
     put("val.txt", f"{VAL[0]}.JPEG {W[2]}\n{VAL[1]}.JPEG n09999999\n")
     assert list(_val(index_imagenet(flat))) == [f"val/{VAL[0]}.JPEG"]
