@@ -66,4 +66,5 @@ def main() -> None:
     app.command(index, name="index", help="Make the index of a data set; verify its images.")
     app.command(commands.noise)
     app.command(train_mentor)
-    sys.exit(run_cleanly(lambda: app.cli(description="mentorch")))
+    about = "Indexes, label noise and MentorNets. Training starts from recipes/, under torchrun."
+    sys.exit(run_cleanly(lambda: app.cli(description=about)))

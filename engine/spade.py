@@ -1,5 +1,4 @@
-"""SPADE, Algorithm 1 of the paper: the student's weights w and the sample weights v, mini-batch by
-mini-batch.
+"""SPADE, Algorithm 1 of the paper: student weights w and sample weights v, a mini-batch at a time.
 
 The numbers in the comments are the algorithm's lines.
 """
