@@ -55,6 +55,11 @@ def _check(logits: Tensor, labels: Tensor, curriculum: Curriculum) -> None:
             )
 
 
+def _absent_as_nan(losses: Tensor, valid: Tensor) -> Tensor:
+    """NaN means "absent" to the percentile, so a real NaN loss goes in as +inf: last too."""
+    return losses.masked_fill(losses.isnan(), torch.inf).masked_fill(~valid, torch.nan)
+
+
 def _gather(losses: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The losses of all ranks, [world · B]; every rank brings the same B (absent rows are NaN)."""
     if group is None or dist.get_world_size(group) == 1:
@@ -80,8 +85,7 @@ def reweight_ref(
     ignore_index: int = -100,
     group: dist.ProcessGroup | None = None,
 ) -> Reweighted:
-    """Weights every sample of a batch by a curriculum and takes the weighted loss (equations
-    above).
+    """Weights every sample of a batch by a curriculum and takes the weighted loss, as above.
 
     Nothing is changed in place and nothing syncs with the host.
 
@@ -115,17 +119,11 @@ def reweight_ref(
     # Under autocast a MentorNet's matrix products would lose the weight's lower bits.
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         sample_loss = cross_entropy_ref(logits, labels, ignore_index)
-        # NaN means "absent" to the percentile, so a real NaN loss goes in as +inf: last too.
-        present = sample_loss.masked_fill(sample_loss.isnan(), torch.inf).masked_fill(
-            ~valid, torch.nan
-        )
-        everyone = _gather(present, group)
-        ranks = everyone.shape[0] // present.shape[0]
-        count = (~everyone.isnan()).sum().clamp(min=1).to(present.dtype) / ranks
-
-        new_avg = moving_average_ref(
-            loss_moving_avg, percentile_ref(everyone, loss_percentile), decay
-        )
+        everyone = _gather(_absent_as_nan(sample_loss, valid), group)
+        ranks = everyone.shape[0] // sample_loss.shape[0]
+        count = (~everyone.isnan()).sum().clamp(min=1).to(sample_loss.dtype) / ranks
+        percentile = percentile_ref(everyone, loss_percentile)
+        new_avg = moving_average_ref(loss_moving_avg, percentile, decay)
         loss_diff = sample_loss - new_avg.to(sample_loss.dtype)
         label_input = labels.masked_fill(~valid, 0)  # ignore_index is no row of the embedding
         weight = sample_weight_ref(curriculum, sample_loss, loss_diff, label_input, epoch_pct)

@@ -145,3 +145,16 @@ def test_every_dependency_is_pinned() -> None:
     pinned = {line.split("==")[0] for line in lines}
     declared = {requirement.split(">=")[0] for requirement in metadata.requires("mentorch") or []}
     assert declared <= pinned
+
+
+def test_the_loss_needs_none_of_the_training_engines_libraries(tmp_path):
+    """`pip install .` without extras brings torch, numpy and safetensors only."""
+    script = """
+import sys
+for name in ("timm", "torchvision", "pyarrow", "PIL", "tyro", "cattrs", "tqdm", "nvidia.dali"):
+    sys.modules[name] = None
+import torch, mentorch
+criterion = mentorch.Reweight("pd", total_steps=10)
+print(criterion(torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])).item() > 0)
+"""
+    assert run(sys.executable, "-c", script, cwd=tmp_path) == "True"

@@ -197,8 +197,8 @@ def test_nothing_is_left_behind_when_the_data_is_wrong(small_run, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run(config)
     assert not small_run.out.exists()
-    with distributed("cpu"):
-        pass  # the process group was left properly: another can be made
+    with distributed("cpu") as world:  # the process group was left: another can be made
+        assert world.world_size == 1
 
 
 @pytest.mark.parametrize(
