@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mentorch.kernels.backend import tl, triton
 from mentorch.kernels.philox import Stream, philox, to_uniform
+
+_STREAM = tl.constexpr(int(Stream.EXAMPLE_DROPOUT))
 
 
 @dataclass(frozen=True)
@@ -80,3 +83,34 @@ def example_dropout_ref(
     else:
         keep = coin >= rate
     return torch.where(keep, weight, torch.zeros_like(weight))
+
+
+@triton.jit
+def coins(seed, step, id_M):
+    """The samples' coins in [0, 1), the very numbers of `example_dropout_ref`."""
+    low_M = (id_M & 0xFFFFFFFF).to(tl.uint32)
+    high_M = ((id_M >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    step_M = tl.zeros_like(low_M) + (step & 0xFFFFFFFF).to(tl.uint32)
+    stream_M = tl.full(low_M.shape, _STREAM, tl.uint32)
+    word_M, _, _, _ = tl.philox(seed, low_M, high_M, step_M, stream_M)
+    return (word_M >> 8).to(tl.float32) * (2.0**-24)
+
+
+@triton.jit
+def how_many_to_keep(valid, share):
+    """⌊valid · share⌋, where ``share`` is 1 − rate as the bits of a float64."""
+    kept = valid.to(tl.float64) * share.to(tl.float64, bitcast=True)
+    return (kept + 1e-6).to(tl.int32)  # 100 · (1 − 0.07) is 92.999…
+
+
+@triton.jit
+def keep_exact(coin_M, threshold, of_equals, equals_before):
+    """Which samples are below the threshold, and the first ``of_equals`` of those upon it.
+
+    Returns (kept, samples upon the threshold up to here): the ones of the tiles before are passed
+    in, so that ties are settled by the row number.
+    """
+    equal_M = (coin_M == threshold).to(tl.int32)
+    nth_M = equals_before + tl.cumsum(equal_M, axis=0)
+    kept_M = (coin_M < threshold) | ((equal_M == 1) & (nth_M <= of_equals))
+    return kept_M, equals_before + tl.sum(equal_M, axis=0)

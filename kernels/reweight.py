@@ -1,4 +1,4 @@
-"""The curriculum-weighted cross-entropy: the definition everything else is measured against.
+"""The curriculum-weighted cross-entropy: the definition, and its fused form.
 
     ℓ_i   = logsumexp(z_i) − z_i[y_i]                   per-sample cross-entropy, nats
     q     = the p-th percentile of ℓ over the batch     "nearest" order statistic
@@ -8,19 +8,56 @@
     L     = Σ v_i ℓ_i / B                               Eq. 1 without G and weight decay
     ∂L/∂z_i = v_i (softmax(z_i) − 1[y_i]) / B           v is a constant for the student
 
-Jiang et al., "MentorNet", ICML 2018. Shapes: B batch, C classes.
+Jiang et al., "MentorNet", ICML 2018.
+
+The fused form is two launches. Forward: every program takes the losses of its rows, and the one that
+finishes last goes on with the batch: percentile, ℓ_pt, weights, L (`weigh`). Backward: the gradient,
+written once, the upstream gradient read from the device (`cross_entropy`). So with s bytes a logit,
+s·B·C are read twice, the second time from the L2 cache when they fit there, and s·B·C written. The
+exact percentile needs all losses before the first gradient; with ``moving_avg="lagged"`` the weights
+do not wait for it, and forward and gradient are one pass.
+
+Shapes: B batch, C classes, T history steps, N samples of the data set, W rows of all ranks.
 """
 
-from typing import NamedTuple
+from dataclasses import fields
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mentorch.kernels.cross_entropy import cross_entropy_ref
-from mentorch.kernels.example_dropout import ExampleDropout, example_dropout_ref
+from mentorch.kernels.backend import runs_kernels, tickets, tl, triton, vector_width
+from mentorch.kernels.cross_entropy import (
+    check_logits,
+    cross_entropy_gradient,
+    cross_entropy_ref,
+    finish_splits,
+    gradient_of_rows,
+    is_last_program,
+    launch_backward,
+    launch_forward,
+    losses_of_program,
+    partials,
+    row_tile,
+    unit_stride,
+)
+from mentorch.kernels.example_dropout import ExampleDropout, coins, example_dropout_ref
+from mentorch.kernels.history import history_steps_ref, update_history_ref
 from mentorch.kernels.mentor import Curriculum, MentorWeights, sample_weight_ref
-from mentorch.kernels.percentile import moving_average_ref, percentile_ref
+from mentorch.kernels.percentile import check_moving_average, moving_average_ref, percentile_ref
+from mentorch.kernels.weigh import (
+    Plan,
+    _weigh_kernel,
+    batch_tile,
+    curriculum_weight,
+    epoch_percent,
+    kept_by_coin,
+    sample_id,
+    weigh_batch,
+)
+
+MovingAverage = Literal["updated", "lagged"]
 
 
 class Reweighted(NamedTuple):
@@ -32,20 +69,18 @@ class Reweighted(NamedTuple):
     loss_moving_avg: Tensor  # 0-d, nats: ℓ_pt after this step
 
 
-def check_moving_average(loss_percentile: float, decay: float) -> None:
-    """Raises ValueError unless p is in [0, 1] and the decay in [0, 1)."""
-    if not 0.0 <= loss_percentile <= 1.0:
-        raise ValueError(f"loss_percentile must be in [0, 1], got {loss_percentile}")
-    if not 0.0 <= decay < 1.0:
-        raise ValueError(f"decay must be in [0, 1), got {decay}")
-
-
-def _check(logits: Tensor, labels: Tensor, curriculum: Curriculum) -> None:
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        shapes = f"{list(logits.shape)} and {list(labels.shape)}"
-        raise ValueError(f"logits must be [B, C] and labels [B], got {shapes}")
-    if logits.shape[0] == 0:
-        raise ValueError("the batch is empty: logits have 0 rows")
+def _check(
+    logits: Tensor,
+    labels: Tensor,
+    curriculum: Curriculum,
+    epoch_pct: Tensor | None,
+    total_steps: int | None,
+    sample_ids: Tensor | None,
+    history: Tensor | None,
+    moving_avg: str,
+    label_smoothing: float,
+) -> None:
+    check_logits(logits, labels, label_smoothing)
     if isinstance(curriculum, MentorWeights) and curriculum.use_label:
         known = curriculum.label_embedding.shape[0]
         if logits.shape[1] > known:
@@ -53,6 +88,39 @@ def _check(logits: Tensor, labels: Tensor, curriculum: Curriculum) -> None:
                 f"this MentorNet embeds {known} labels but the logits have {logits.shape[1]} "
                 "classes; use one learnt without labels (use_label=False)"
             )
+    if epoch_pct is None and total_steps is None:
+        raise ValueError("give epoch_pct, or total_steps to compute it from the step")
+    if total_steps is not None and total_steps < 1:
+        raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+    if moving_avg not in ("updated", "lagged"):
+        raise ValueError(f"moving_avg is 'updated' or 'lagged', not {moving_avg!r}")
+    if sample_ids is not None and sample_ids.shape != labels.shape:
+        raise ValueError(
+            f"sample_ids must be one a row, {list(labels.shape)}, got {list(sample_ids.shape)}"
+        )
+    if history is not None and (history.ndim != 3 or history.shape[2] != 2):
+        raise ValueError(f"a history is [N + 1, T, 2], got {list(history.shape)}: see new_history")
+
+
+def _epoch_pct(epoch_pct: Tensor | None, step: Tensor | int, total_steps: int | None) -> Tensor:
+    if epoch_pct is not None:
+        return epoch_pct
+    assert total_steps is not None
+    percent = torch.as_tensor(step) * 100 // total_steps
+    return percent.clamp(0, 99)
+
+
+def _ranks(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def _first_row(labels: Tensor, group: dist.ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group) * labels.shape[0]
+
+
+def _row_ids(labels: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Row numbers in the global batch, so that ranks do not toss the same coins."""
+    return torch.arange(labels.shape[0], device=labels.device) + _first_row(labels, group)
 
 
 def _absent_as_nan(losses: Tensor, valid: Tensor) -> Tensor:
@@ -60,12 +128,12 @@ def _absent_as_nan(losses: Tensor, valid: Tensor) -> Tensor:
     return losses.masked_fill(losses.isnan(), torch.inf).masked_fill(~valid, torch.nan)
 
 
-def _gather(losses: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The losses of all ranks, [world · B]; every rank brings the same B (absent rows are NaN)."""
-    if group is None or dist.get_world_size(group) == 1:
-        return losses
-    everyone = losses.new_empty(dist.get_world_size(group) * losses.shape[0])
-    dist.all_gather_into_tensor(everyone, losses.contiguous(), group=group)
+def _gather(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The rows of all ranks, [W]; every rank brings the same B. The host does not wait."""
+    if _ranks(group) == 1:
+        return rows
+    everyone = rows.new_empty(_ranks(group) * rows.shape[0])
+    dist.all_gather_into_tensor(everyone, rows.contiguous(), group=group)
     return everyone
 
 
@@ -74,38 +142,533 @@ def reweight_ref(
     labels: Tensor,
     curriculum: Curriculum,
     loss_moving_avg: Tensor,
-    epoch_pct: Tensor,
+    epoch_pct: Tensor | None = None,
     *,
     loss_percentile: float = 0.75,
     decay: float = 0.95,
+    moving_avg: MovingAverage = "updated",
     dropout: ExampleDropout | None = None,
-    seed: Tensor | int = 0,
+    seed: int = 0,
     step: Tensor | int = 0,
+    total_steps: int | None = None,
     sample_ids: Tensor | None = None,
+    history: Tensor | None = None,
+    label_smoothing: float = 0.0,
     ignore_index: int = -100,
     group: dist.ProcessGroup | None = None,
+    advance: bool = False,
+) -> Reweighted:
+    """The definition, in plain PyTorch; arguments as `reweight`."""
+    _check(
+        logits, labels, curriculum, epoch_pct, total_steps, sample_ids, history, moving_avg,
+        label_smoothing,
+    )  # fmt: skip
+    check_moving_average(loss_percentile, decay)
+    labels = labels.long()
+    valid = labels != ignore_index
+    sample_ids = _row_ids(labels, group) if sample_ids is None else sample_ids
+    epoch_pct = _epoch_pct(epoch_pct, step, total_steps)
+    # Under autocast a MentorNet's matrix products would lose the weight's lower bits.
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        sample_loss = cross_entropy_ref(logits, labels, ignore_index, label_smoothing)
+        everyone = _gather(_absent_as_nan(sample_loss, valid), group)
+        count = (~everyone.isnan()).sum().clamp(min=1).to(sample_loss.dtype) / _ranks(group)
+        percentile = percentile_ref(everyone, loss_percentile)
+        new_avg = moving_average_ref(loss_moving_avg, percentile, decay)
+        base = (loss_moving_avg if moving_avg == "lagged" else new_avg).to(sample_loss.dtype)
+        steps = sample_loss, sample_loss - base
+        if history is not None and isinstance(curriculum, MentorWeights):
+            steps = history_steps_ref(history, sample_ids, *steps)
+        label_input = labels.masked_fill(~valid, 0)  # ignore_index is no row of the embedding
+        weight = sample_weight_ref(curriculum, *steps, label_input, epoch_pct)
+        if dropout is not None:
+            weight = example_dropout_ref(dropout, weight, valid, epoch_pct, seed, step, sample_ids)
+        weight = weight.masked_fill(~valid, 0.0)
+        if history is not None:
+            update_history_ref(history, _gather(sample_ids, group), everyone, everyone - base)
+        if advance:
+            loss_moving_avg.copy_(new_avg)
+            assert isinstance(step, Tensor)
+            step.add_(1)
+
+    # Rows of weight 0 leave the graph before the loss: 0 · NaN must be 0, in the gradient too.
+    dropped = weight == 0
+    loss_of_kept = cross_entropy_ref(
+        logits.masked_fill(dropped.unsqueeze(1), 0.0), labels, ignore_index, label_smoothing
+    )
+    loss = (weight * loss_of_kept).sum() / count
+    return Reweighted(loss, sample_loss, weight, new_avg)
+
+
+# ---- Fused ----------------------------------------------------------------------------------------
+
+
+_RUNTIME = ["B", "N", "total_steps", "first_row", "seed", "ignore_index"]
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _reweight_fwd_kernel(
+    logits_ptr, labels_ptr, ids_ptr, loss_ptr, lse_ptr, present_ptr, partial_ptr, weight_ptr,
+    total_ptr, new_avg_ptr, count_ptr, coin_ptr, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr,
+    theta, ticket_ptr, B, N, total_steps, first_row, seed, ignore_index,
+    PLAN: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr,
+    M: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The losses; then, in the program that comes last, all that follows from them."""
+    SMOOTHING: tl.constexpr = PLAN.label_smoothing
+    SMOOTH: tl.constexpr = PLAN.smooths
+    losses_of_program(
+        logits_ptr, labels_ptr, loss_ptr, lse_ptr, present_ptr, partial_ptr, B, ignore_index,
+        SMOOTHING, C, STRIDE, ROWS, LANES, V, CHUNKS, SPLITS, SMOOTH,
+    )  # fmt: skip
+    if is_last_program(ticket_ptr):
+        if SPLITS > 1:
+            finish_splits(
+                logits_ptr, labels_ptr, loss_ptr, lse_ptr, present_ptr, partial_ptr, B,
+                ignore_index, SMOOTHING, C, STRIDE, SPLITS, SMOOTH,
+            )  # fmt: skip
+            tl.debug_barrier()  # the losses are read back by other threads
+        weigh_batch(
+            loss_ptr, present_ptr, labels_ptr, ids_ptr, ids_ptr, weight_ptr, total_ptr,
+            new_avg_ptr, count_ptr, coin_ptr, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr,
+            theta, B, B, N, total_steps, first_row, seed, ignore_index, PLAN, M, BLOCK,
+            ONE_BLOCK, False,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _reweight_one_pass_kernel(
+    logits_ptr, labels_ptr, ids_ptr, loss_ptr, lse_ptr, present_ptr, weight_ptr, grad_ptr,
+    written_ptr, total_ptr, new_avg_ptr, count_ptr, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr,
+    theta, ticket_ptr, B, N, total_steps, first_row, seed, ignore_index,
+    PLAN: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr,
+    M: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Lagged ℓ_pt: losses, weights and gradient row by row; the batch's sums in the last program.
+
+    The gradient is written as for an upstream gradient of 1 and B valid rows.
+    """
+    SMOOTHING: tl.constexpr = PLAN.label_smoothing
+    SMOOTH: tl.constexpr = PLAN.smooths
+    losses_of_program(
+        logits_ptr, labels_ptr, loss_ptr, lse_ptr, present_ptr, None, B, ignore_index,
+        SMOOTHING, C, STRIDE, ROWS, LANES, V, CHUNKS, 1, SMOOTH,
+    )  # fmt: skip
+    tl.debug_barrier()  # the losses are read back by other threads
+    first_row_of_program = tl.program_id(0).to(tl.int64) * ROWS
+    row_R = first_row_of_program + tl.arange(0, ROWS)
+    there_R = row_R < B
+    step = tl.load(step_ptr)
+    epoch_pct = epoch_percent(epoch_pct_ptr, step, total_steps)
+    loss_R = tl.load(loss_ptr + row_R, mask=there_R, other=0.0)
+    diff_R = loss_R - tl.load(avg_ptr).to(tl.float32)
+    label_R = tl.load(labels_ptr + row_R, mask=there_R, other=0).to(tl.int64)
+    id_R = sample_id(ids_ptr, row_R, there_R, first_row)
+    weight_R = curriculum_weight(
+        loss_R, diff_R, label_R, id_R, there_R, epoch_pct, theta, history_ptr, N, PLAN
+    )
+    if PLAN.dropout == "coins":
+        weight_R = tl.where(kept_by_coin(coins(seed, step, id_R), epoch_pct, PLAN), weight_R, 0.0)
+    weight_R = tl.where(label_R == ignore_index, 0.0, weight_R)
+    tl.store(weight_ptr + row_R, weight_R, mask=there_R)
+    tl.debug_barrier()  # weights and lse are read back by other threads
+    scale = 1.0 / B.to(tl.float32)
+    gradient_of_rows(
+        logits_ptr, labels_ptr, lse_ptr, grad_ptr, weight_ptr, 1, scale, first_row_of_program, B, 0,
+        ignore_index, SMOOTHING, C, STRIDE, ROWS, LANES, V, CHUNKS, SMOOTH,
+    )  # fmt: skip
+    if is_last_program(ticket_ptr):
+        tl.store(written_ptr, scale)
+        weigh_batch(
+            loss_ptr, present_ptr, labels_ptr, ids_ptr, ids_ptr, weight_ptr, total_ptr,
+            new_avg_ptr, count_ptr, None, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr,
+            theta, B, B, N, total_steps, first_row, seed, ignore_index, PLAN, M, BLOCK,
+            ONE_BLOCK, True,
+        )  # fmt: skip
+
+
+# ---- Launchers ------------------------------------------------------------------------------------
+
+
+class _State(NamedTuple):
+    """What a step reads besides logits and labels, and (the first three) changes in place."""
+
+    loss_moving_avg: Tensor
+    step: Tensor
+    history: Tensor | None
+    epoch_pct: Tensor | None
+    sample_ids: Tensor | None
+    theta: list[Tensor]
+
+    def pointers(self) -> tuple[Any, ...]:
+        """In the kernels' order, from ``avg_ptr`` to ``theta``."""
+        theta = tuple(t.contiguous() for t in self.theta) or None
+        return self.loss_moving_avg, self.step, self.epoch_pct, self.history, theta
+
+    @property
+    def samples(self) -> int:
+        """N of the history."""
+        return 0 if self.history is None else self.history.shape[0] - 1
+
+
+class _Outcome(NamedTuple):
+    """The outputs of a fused step."""
+
+    total: Tensor
+    sample_loss: Tensor
+    weight: Tensor
+    new_avg: Tensor
+    lse: Tensor
+    count: Tensor
+
+
+def _float32(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _outcome(like: Tensor, loss_moving_avg: Tensor) -> _Outcome:
+    batch = like.shape[0]
+    return _Outcome(
+        total=_float32(like),
+        sample_loss=_float32(like, batch),
+        weight=_float32(like, batch),
+        new_avg=torch.empty_like(loss_moving_avg),
+        lse=_float32(like, batch),
+        count=_float32(like),
+    )
+
+
+class _Numbers(NamedTuple):
+    """The kernels' run-time integers, in their order."""
+
+    total_steps: int
+    first_row: int
+    seed: int
+    ignore_index: int
+
+
+def launch_step(
+    logits: Tensor,
+    labels: Tensor,
+    state: _State,
+    numbers: _Numbers,
+    plan: Plan,
+    splits: int | None = None,
+) -> _Outcome:
+    """The forward launch."""
+    logits, labels = unit_stride(logits), labels.contiguous()
+    batch = logits.shape[0]
+    tile = row_tile(logits, splits=splits)
+    out = _outcome(logits, state.loss_moving_avg)
+    _reweight_fwd_kernel[tile.grid(batch)](
+        logits,
+        labels,
+        state.sample_ids,
+        out.sample_loss,
+        out.lse,
+        _float32(logits, batch),
+        partials(logits, tile),
+        out.weight,
+        out.total,
+        out.new_avg,
+        out.count,
+        _float32(logits, batch) if plan.dropout == "exact" else None,
+        *state.pointers(),
+        tickets(logits.device),
+        batch,
+        state.samples,
+        *numbers,
+        PLAN=plan,
+        SPLITS=tile.splits,
+        **batch_tile(plan, batch, batch, tile.warps),
+        **tile.constants(logits),
+    )
+    return out
+
+
+def launch_one_pass(
+    logits: Tensor, labels: Tensor, state: _State, numbers: _Numbers, plan: Plan
+) -> tuple[_Outcome, Tensor, Tensor]:
+    """The one launch of the lagged form: (outcome, gradient, scale at which it was written)."""
+    logits, labels = unit_stride(logits), labels.contiguous()
+    batch, classes = logits.shape
+    vector = vector_width(logits)
+    same_remainder = (logits.stride(0) - classes) % vector == 0
+    tile = row_tile(logits, splits=1, vector=vector if same_remainder else 1)
+    out = _outcome(logits, state.loss_moving_avg)
+    grad, written = logits.new_empty(batch, classes), _float32(logits)
+    _reweight_one_pass_kernel[tile.grid(batch)](
+        logits,
+        labels,
+        state.sample_ids,
+        out.sample_loss,
+        out.lse,
+        _float32(logits, batch),
+        out.weight,
+        grad,
+        written,
+        out.total,
+        out.new_avg,
+        out.count,
+        *state.pointers(),
+        tickets(logits.device),
+        batch,
+        state.samples,
+        *numbers,
+        PLAN=plan,
+        **batch_tile(plan, batch, batch, tile.warps),
+        **tile.constants(logits),
+    )
+    return out, grad, written
+
+
+def launch_weigh(
+    losses: tuple[Tensor, Tensor],
+    everyone: Tensor,
+    everyones_ids: Tensor | None,
+    labels: Tensor,
+    state: _State,
+    numbers: _Numbers,
+    plan: Plan,
+) -> _Outcome:
+    """The launch between the gathered losses of all ranks [W] and the gradient."""
+    loss, lse = losses
+    batch, rows = loss.shape[0], everyone.shape[0]
+    warps = 4 if rows <= 1024 else 8
+    out = _outcome(loss, state.loss_moving_avg)
+    _weigh_kernel[(1,)](
+        loss,
+        everyone,
+        labels.contiguous(),
+        state.sample_ids,
+        everyones_ids,
+        out.weight,
+        out.total,
+        out.new_avg,
+        out.count,
+        _float32(loss, batch) if plan.dropout == "exact" else None,
+        *state.pointers(),
+        batch,
+        rows,
+        state.samples,
+        *numbers,
+        PLAN=plan,
+        **batch_tile(plan, batch, rows, warps),
+        num_warps=warps,
+    )
+    return out._replace(sample_loss=loss, lse=lse)
+
+
+# ---- Registration with torch ----------------------------------------------------------------------
+
+_SCHEMA_TYPES = {str: "str", float: "float", int: "int", bool: "bool"}
+_PLAN_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[f.type]} {f.name}" for f in fields(Plan))  # type: ignore[index]
+_STATE_SCHEMA = (
+    "Tensor(a!) loss_moving_avg, Tensor(b!) step, Tensor(c!)? history, Tensor? epoch_pct, "
+    "Tensor? sample_ids, Tensor[] theta, int total_steps, int first_row, int seed, "
+    "int ignore_index, " + _PLAN_SCHEMA
+)
+_CHANGED = ("loss_moving_avg", "step", "history")
+_STATE, _NUMBERS = len(_State._fields), len(_Numbers._fields)
+
+
+def _parts(arguments: tuple[Any, ...]) -> tuple[_State, _Numbers, Plan]:
+    """What `_STATE_SCHEMA` lists, put together again."""
+    numbers = arguments[_STATE : _STATE + _NUMBERS]
+    return _State(*arguments[:_STATE]), _Numbers(*numbers), Plan(*arguments[_STATE + _NUMBERS :])
+
+
+def _step(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(launch_step(logits, labels, *_parts(arguments)))
+
+
+def _step_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(_outcome(logits, arguments[0]))
+
+
+def _one_pass(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    out, grad, written = launch_one_pass(logits, labels, *_parts(arguments))
+    return *out, grad, written
+
+
+def _one_pass_fake(logits: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return *_outcome(logits, arguments[0]), logits.new_empty(logits.shape), _float32(logits)
+
+
+def _weigh(
+    loss: Tensor,
+    lse: Tensor,
+    everyone: Tensor,
+    everyones_ids: Tensor | None,
+    labels: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    out = launch_weigh((loss, lse), everyone, everyones_ids, labels, *_parts(arguments))
+    return out.total, out.weight, out.new_avg, out.count
+
+
+def _weigh_fake(loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    out = _outcome(loss, arguments[4])
+    return out.total, out.weight, out.new_avg, out.count
+
+
+def _operator(name: str, function: Any, fake: Any, tensors: str, outputs: int) -> Any:
+    """``mentorch::{name}``, which takes ``tensors`` and then what `_STATE_SCHEMA` lists."""
+    results = ", ".join(["Tensor"] * outputs)
+    operator = torch.library.custom_op(
+        f"mentorch::{name}",
+        function,
+        mutates_args=_CHANGED,
+        schema=f"({tensors}, {_STATE_SCHEMA}) -> ({results})",
+    )
+    operator.register_fake(fake)
+    return operator
+
+
+reweight_step = _operator("reweight_step", _step, _step_fake, "Tensor logits, Tensor labels", 6)
+reweight_one_pass = _operator(
+    "reweight_one_pass", _one_pass, _one_pass_fake, "Tensor logits, Tensor labels", 8
+)
+weigh = _operator(
+    "weigh",
+    _weigh,
+    _weigh_fake,
+    "Tensor loss, Tensor lse, Tensor everyone, Tensor? everyones_ids, Tensor labels",
+    4,
+)
+
+
+@torch.library.custom_op("mentorch::present_losses", mutates_args=())
+def present_losses(
+    logits: Tensor, labels: Tensor, ignore_index: int, smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, lse, loss as the percentile takes it), each [B]: what ranks exchange."""
+    present = _float32(logits, logits.shape[0])
+    loss, lse = launch_forward(logits, labels, ignore_index, smoothing, present=present)
+    return loss, lse, present
+
+
+@present_losses.register_fake
+def _(logits, labels, ignore_index, smoothing):
+    loss, lse, present = (_float32(logits, logits.shape[0]) for _ in range(3))
+    return loss, lse, present
+
+
+@torch.library.custom_op("mentorch::correct_gradient", mutates_args=("grad",))
+def correct_gradient(
+    grad: Tensor,
+    written: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    count: Tensor,
+    ignore_index: int,
+    smoothing: float,
+) -> None:
+    """Writes a one-pass gradient again if it was written at another scale than is wanted."""
+    launch_backward(
+        logits, labels, lse, weight, scale, count, ignore_index, smoothing, grad=grad, written=written
+    )
+
+
+class _Fused(torch.autograd.Function):
+    """The fused step, differentiable in the logits."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, group, one_pass, *arguments):
+        state, numbers, plan = _parts(arguments)
+        ctx.settings = numbers.ignore_index, plan.label_smoothing
+        grad = written = None
+        if one_pass:
+            *out, grad, written = reweight_one_pass(logits, labels, *arguments)
+        elif _ranks(group) == 1:
+            out = reweight_step(logits, labels, *arguments)
+        else:
+            loss, lse, present = present_losses(logits, labels, *ctx.settings)
+            ids = None
+            if state.history is not None and state.sample_ids is not None:
+                ids = _gather(state.sample_ids, group)
+            total, weight, new_avg, count = weigh(
+                loss, lse, _gather(present, group), ids, labels, *arguments
+            )
+            out = total, loss, weight, new_avg, lse, count
+        total, loss, weight, new_avg, lse, count = out
+        ctx.save_for_backward(logits, labels, lse, weight, count, grad, written)
+        ctx.mark_non_differentiable(loss, weight, new_avg)
+        ctx.set_materialize_grads(False)
+        return total, loss, weight, new_avg
+
+    @staticmethod
+    def backward(ctx, scale, *_others):
+        nothing = (None,) * len(ctx.needs_input_grad)
+        if scale is None:
+            return nothing
+        logits, labels, lse, weight, count, grad, written = ctx.saved_tensors
+        if grad is None:
+            grad = cross_entropy_gradient(logits, labels, lse, weight, scale, count, *ctx.settings)
+        else:
+            correct_gradient(
+                grad, written, logits, labels, lse, weight, scale, count, *ctx.settings
+            )
+        return grad, *nothing[1:]
+
+
+def reweight(
+    logits: Tensor,
+    labels: Tensor,
+    curriculum: Curriculum,
+    loss_moving_avg: Tensor,
+    epoch_pct: Tensor | None = None,
+    *,
+    loss_percentile: float = 0.75,
+    decay: float = 0.95,
+    moving_avg: MovingAverage = "updated",
+    dropout: ExampleDropout | None = None,
+    seed: int = 0,
+    step: Tensor | int = 0,
+    total_steps: int | None = None,
+    sample_ids: Tensor | None = None,
+    history: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    group: dist.ProcessGroup | None = None,
+    advance: bool = False,
 ) -> Reweighted:
     """Weights every sample of a batch by a curriculum and takes the weighted loss, as above.
 
-    Nothing is changed in place and nothing syncs with the host.
+    On a GPU fused (two launches in all, one with a lagged average), elsewhere `reweight_ref`. Nothing
+    syncs with the host; only ``history``, and with ``advance`` the state, are changed in place.
 
     Args:
         logits: [B, C], any floating dtype; the mathematics is float32, or float64 for float64.
-        labels: [B] int64 in [0, C), or ``ignore_index``.
+        labels: [B] integers in [0, C), or ``ignore_index``. On a GPU any other label makes the loss
+            NaN, since raising an error would wait for the device.
         curriculum: a `ClosedForm` or the weights of a MentorNet.
         loss_moving_avg: 0-d, ℓ_pt before this step, nats.
-        epoch_pct: 0-d integer tensor 0..99, the student's progress.
+        epoch_pct: 0-d integer tensor 0..99, the student's progress; None: from the step.
         loss_percentile: p in [0, 1].
         decay: of the moving average, in [0, 1).
+        moving_avg: "updated": differences are taken from ℓ_pt after this batch (the paper);
+            "lagged": from ℓ_pt before it, which lets a GPU write the gradient in the same pass.
         dropout: burn-in and example dropout; None for neither.
         seed: key of the dropout's random numbers.
-        step: training step, the other half of the key.
-        sample_ids: [B] int64, which sample each row is, for dropout; the row number by default.
+        step: training step, the other half of the key; a 0-d int64 tensor or a number.
+        total_steps: of the training, from which the progress is computed without ``epoch_pct``.
+        sample_ids: [B] int64, which sample each row is, for dropout and history; by default the row
+            number in the global batch.
+        history: [N + 1, T, 2] from `new_history`; the batch's losses are appended. A MentorNet then
+            looks at T visits.
+        label_smoothing: ε in [0, 1].
         ignore_index: rows with this label weigh 0 and count nowhere, neither in B nor in the
             percentile.
         group: ranks whose batches form one; the percentile and B are then global and the loss is
             scaled so that *averaging* gradients over the ranks (what DDP does) gives the gradient
             of the global L. Each rank must bring the same number of rows. None: this batch alone.
+        advance: write ℓ_pt into ``loss_moving_avg`` and add 1 to ``step`` (a tensor then).
 
     Returns:
         `Reweighted`. A batch with no valid row has loss 0 and leaves ℓ_pt as it was.
@@ -113,34 +676,47 @@ def reweight_ref(
     Raises:
         ValueError: shapes or parameters out of range.
     """
-    _check(logits, labels, curriculum)
+    rest = {"loss_percentile": loss_percentile, "decay": decay, "label_smoothing": label_smoothing}
+    if not runs_kernels(logits):
+        return reweight_ref(
+            logits, labels, curriculum, loss_moving_avg, epoch_pct, moving_avg=moving_avg,
+            dropout=dropout, seed=seed, step=step, total_steps=total_steps, sample_ids=sample_ids,
+            history=history, ignore_index=ignore_index, group=group, advance=advance, **rest,
+        )  # fmt: skip
+    _check(
+        logits, labels, curriculum, epoch_pct, total_steps, sample_ids, history, moving_avg,
+        label_smoothing,
+    )  # fmt: skip
     check_moving_average(loss_percentile, decay)
-    valid = labels != ignore_index
-    # Under autocast a MentorNet's matrix products would lose the weight's lower bits.
-    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-        sample_loss = cross_entropy_ref(logits, labels, ignore_index)
-        everyone = _gather(_absent_as_nan(sample_loss, valid), group)
-        ranks = everyone.shape[0] // sample_loss.shape[0]
-        count = (~everyone.isnan()).sum().clamp(min=1).to(sample_loss.dtype) / ranks
-        percentile = percentile_ref(everyone, loss_percentile)
-        new_avg = moving_average_ref(loss_moving_avg, percentile, decay)
-        loss_diff = sample_loss - new_avg.to(sample_loss.dtype)
-        label_input = labels.masked_fill(~valid, 0)  # ignore_index is no row of the embedding
-        weight = sample_weight_ref(curriculum, sample_loss, loss_diff, label_input, epoch_pct)
-        if dropout is not None:
-            if sample_ids is None:
-                sample_ids = torch.arange(labels.shape[0], device=labels.device)
-            weight = example_dropout_ref(dropout, weight, valid, epoch_pct, seed, step, sample_ids)
-        weight = weight.masked_fill(~valid, 0.0)
-
-    # Rows of weight 0 leave the graph before the loss: 0 · NaN must be 0, in the gradient too.
-    dropped = weight == 0
-    loss_of_kept = cross_entropy_ref(
-        logits.masked_fill(dropped.unsqueeze(1), 0.0), labels, ignore_index
+    steps = 1 if history is None else history.shape[1]
+    lagged = moving_avg == "lagged"
+    plan = Plan.of(curriculum, dropout, steps, lagged=lagged, advance=advance, **rest)
+    if not isinstance(step, Tensor):
+        step = torch.full((), step, dtype=torch.int64, device=logits.device)
+    one_pass = (
+        lagged
+        and plan.dropout != "exact"  # its count is over the whole batch
+        and _ranks(group) == 1
+        and logits.requires_grad
+        and torch.is_grad_enabled()
     )
-    loss = (weight * loss_of_kept).sum() / count
-    return Reweighted(loss, sample_loss, weight, new_avg)
+    with torch.autocast(logits.device.type, enabled=False):
+        out = _Fused.apply(
+            logits,
+            labels,
+            group,
+            one_pass,
+            *_State(loss_moving_avg.detach(), step, history, epoch_pct, sample_ids, _theta(curriculum)),
+            *_Numbers(total_steps or 1, _first_row(labels, group), seed, ignore_index),
+            *(getattr(plan, f.name) for f in fields(Plan)),
+        )
+    return Reweighted(*out)
 
 
-# The fused kernels come behind this name with the same signature; until then it is the definition.
-reweight = reweight_ref
+def _theta(curriculum: Curriculum) -> list[Tensor]:
+    """The tensors of a MentorNet in the order in which the kernels read them."""
+    if not isinstance(curriculum, MentorWeights):
+        return []
+    w = curriculum
+    tensors = [w.label_embedding, w.epoch_embedding, *w.forward, *w.backward]
+    return [t.detach() for t in (*tensors, w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias)]

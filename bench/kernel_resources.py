@@ -1,0 +1,239 @@
+"""What the compiler makes of every kernel, with no GPU at hand.
+
+    python bench/kernel_resources.py                  # the table, for sm_80, sm_90 and sm_100
+    python bench/kernel_resources.py --arch 90 --only cross_entropy
+
+Each kernel is launched by its own launcher on tensors without storage; the launch is caught, compiled
+for the wanted chip, and its machine code is read: registers a thread, shared memory, loads and stores
+of global memory by width, accesses to local memory (spills) and barriers.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mentorch.kernels import cross_entropy, percentile
+
+ARCHITECTURES = (80, 90, 100)
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass
+class Launch:
+    """A kernel launch that was caught instead of run."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass
+class Resources:
+    """What one compiled kernel uses."""
+
+    case: str
+    kernel: str
+    arch: int
+    warps: int
+    registers: int
+    shared_bytes: int
+    spills: int
+    """Instructions that access local memory."""
+    loads: dict[str, int] = field(default_factory=dict)
+    """Global loads by width in bits a thread."""
+    stores: dict[str, int] = field(default_factory=dict)
+    barriers: int = 0
+
+
+@contextmanager
+def caught_launches() -> Iterator[list[Launch]]:
+    """Within it, launching a kernel records the launch and does nothing."""
+    launches: list[Launch] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = [p.name for p in self.params]
+        arguments = dict(zip(names, args, strict=False))
+        arguments |= {k: v for k, v in kwargs.items() if k in names}
+        options = {k: v for k, v in kwargs.items() if k not in names}
+        launches.append(Launch(self, arguments, options))
+
+    with mock.patch.object(triton.runtime.JITFunction, "run", record):
+        yield launches
+
+
+def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Types, constants and divisibilities of the arguments, as Triton's launcher would infer."""
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for position, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        specialize = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialize and isinstance(value, int) and value == 1):
+            types[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            types[parameter.name] = "*" + _TYPES[value.dtype]
+            divisible = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            types[parameter.name], divisible = "fp32", False
+        else:
+            types[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        if divisible and specialize:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+def _tool(name: str, *args: str) -> str:
+    return subprocess.run([_TOOLS / name, *args], check=True, capture_output=True, text=True).stdout
+
+
+_WIDTH = re.compile(r"\.(128|64|U8|S8|U16|S16)\b")
+
+
+def _by_width(sass: str, instruction: str) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for operation in re.findall(rf"\b{instruction}(\.[\w.]+)", sass):
+        found = _WIDTH.search(operation)
+        counts[found[1].lstrip("US") if found else "32"] += 1
+    return dict(sorted(counts.items(), key=lambda item: -int(item[0])))
+
+
+def compile_launch(case: str, launch: Launch, arch: int) -> Resources:
+    """Compiles a caught launch for ``sm_{arch}`` and reads what came out."""
+    types, constants, attributes = _signature(launch)
+    source = ASTSource(launch.kernel, types, constants, attributes)
+    options = {k: v for k, v in launch.options.items() if k in ("num_warps", "num_stages")}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        sass = _tool("cuobjdump", "-sass", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, usage
+    return Resources(
+        case=case,
+        kernel=launch.kernel.__name__,
+        arch=arch,
+        warps=launch.options.get("num_warps", 4),
+        registers=int(registers[1]),
+        shared_bytes=compiled.metadata.shared,
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        loads=_by_width(sass, "LDG"),
+        stores=_by_width(sass, "STG"),
+        barriers=len(re.findall(r"\bBAR\.", sass)),
+    )
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _logits(batch: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _empty(batch, classes, dtype=dtype), _empty(batch, dtype=torch.int64)
+
+
+SIZES = {  # the size classes: (B, C)
+    "tiny": (128, 10),  # several rows a program, unaligned rows
+    "one line": (128, 1000),  # one 16-byte line a thread
+    "ragged": (128, 1001),  # the same with rows at odd offsets
+    "large batch": (4096, 1000),  # 8 warps
+    "chunks": (1024, 21841),  # a row in chunks, at odd offsets
+    "long": (64, 100_000),  # split rows
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, what launches it), over size classes and dtypes."""
+    for size, (batch, classes) in SIZES.items():
+        for name, dtype in DTYPES.items():
+            logits, labels = _logits(batch, classes, dtype)
+            splits = 4 if size == "long" else None
+            row = _empty(batch)
+            yield (
+                f"cross_entropy {size} {name}",
+                lambda z=logits, y=labels, s=splits: cross_entropy.launch_forward(
+                    z, y, -100, 0.0, splits=s
+                ),
+            )
+            yield (
+                f"cross_entropy gradient {size} {name}",
+                lambda z=logits, y=labels, r=row: cross_entropy.launch_backward(
+                    z, y, r, r, _empty(), -100, 0.0
+                ),
+            )
+    for batch in (128, 1024, 4096, 16384, 65536):
+        yield (
+            f"percentile {batch}",
+            lambda b=batch: percentile.launch_percentile(_empty(b), _empty(), 0.75, 0.95),
+        )
+
+
+def resources(arch: int, only: str = "") -> Iterator[Resources]:
+    """The resources of every case whose name contains ``only``."""
+    for name, launch in cases():
+        if only in name:
+            with caught_launches() as launches:
+                launch()
+            for caught in launches:
+                yield compile_launch(name, caught, arch)
+
+
+def _row(r: Resources) -> str:
+    def widths(counts: dict[str, int]) -> str:
+        return " ".join(f"{count}×{bits}" for bits, count in counts.items())
+
+    return (
+        f"{r.case:<44} sm_{r.arch:<4} {r.warps:>5} {r.registers:>9} {r.shared_bytes:>7} "
+        f"{r.spills:>6} {r.barriers:>8}  {widths(r.loads):<26} {widths(r.stores)}"
+    )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--arch", type=int, action="append", help="80, 90 or 100; all by default")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        sys.exit("TRITON_INTERPRET is set: the kernels are interpreted, there is nothing to compile")
+    if not args.json:
+        print(
+            f"{'case':<44} {'chip':<7} {'warps':>5} {'registers':>9} {'shared':>7} {'spills':>6} "
+            f"{'barriers':>8}  {'loads (bits a thread)':<26} stores"
+        )
+    for arch in args.arch or ARCHITECTURES:
+        for found in resources(arch, args.only):
+            print(json.dumps(asdict(found)) if args.json else _row(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
