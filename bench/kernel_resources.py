@@ -29,7 +29,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mentorch.kernels import cross_entropy, percentile
+from mentorch.kernels import cross_entropy, percentile, reweight
+from mentorch.kernels.example_dropout import ExampleDropout
+from mentorch.kernels.mentor import ClosedForm, Curriculum, LstmWeights, MentorWeights
+from mentorch.kernels.weigh import Plan
 
 ARCHITECTURES = (80, 90, 100)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -85,9 +88,9 @@ def caught_launches() -> Iterator[list[Launch]]:
         yield launches
 
 
-def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+def _signature(launch: Launch) -> tuple[dict[str, Any], dict[str, Any], dict[Any, Any]]:
     """Types, constants and divisibilities of the arguments, as Triton's launcher would infer."""
-    types: dict[str, str] = {}
+    types: dict[str, Any] = {}
     constants: dict[str, Any] = {}
     attributes: dict[Any, Any] = {}
     for position, parameter in enumerate(launch.kernel.params):
@@ -95,6 +98,14 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any
         specialize = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (specialize and isinstance(value, int) and value == 1):
             types[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, tuple):
+            types[parameter.name] = tuple("*" + _TYPES[item.dtype] for item in value)
+            attributes |= {
+                (position, i): [["tt.divisibility", 16]]
+                for i, item in enumerate(value)
+                if item.data_ptr() % 16 == 0
+            }
             continue
         if isinstance(value, Tensor):
             types[parameter.name] = "*" + _TYPES[value.dtype]
@@ -186,14 +197,88 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield (
                 f"cross_entropy gradient {size} {name}",
                 lambda z=logits, y=labels, r=row: cross_entropy.launch_backward(
-                    z, y, r, r, _empty(), -100, 0.0
+                    z, y, _empty(2, len(r)), r, _empty(), _empty(), -100, 0.0
                 ),
             )
+    yield from _reweight_cases()
     for batch in (128, 1024, 4096, 16384, 65536):
         yield (
             f"percentile {batch}",
             lambda b=batch: percentile.launch_percentile(_empty(b), _empty(), 0.75, 0.95),
         )
+
+
+def _mentor(units: int, hidden: int) -> MentorWeights:
+    """A MentorNet of the released dims but for these."""
+    lstm = LstmWeights(_empty(4 * units, 2), _empty(4 * units, units), _empty(4 * units))
+    width = 2 + 5 + 2 * units
+    return MentorWeights(
+        _empty(2, 2), _empty(100, 5), lstm, lstm, _empty(hidden, width), _empty(hidden),
+        _empty(1, hidden), _empty(1),
+    )  # fmt: skip
+
+
+def _reweight_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    linear = ClosedForm("linear")
+    coins, exact = ExampleDropout(20, 0.5, 0.1), ExampleDropout(20, 0.5, 0.1, exact=True)
+    released, wide = _mentor(1, 20), _mentor(16, 64)
+    variants: list[tuple[str, Curriculum, ExampleDropout, int, bool]] = [
+        ("linear", linear, coins, 1, False),
+        ("linear, exact dropout", linear, exact, 1, False),
+        ("mentornet", released, coins, 1, False),
+        ("mentornet T=5", released, coins, 5, False),
+        ("mentornet H=16 F=64", wide, coins, 1, False),
+        ("linear, one pass", linear, coins, 1, True),
+        ("mentornet, one pass", released, coins, 1, True),
+    ]
+    for size, (batch, classes) in SIZES.items():
+        for name, curriculum, dropout, steps, lagged in variants:
+            if size not in ("one line", "chunks", "large batch") and name != "mentornet":
+                continue
+            for dtype in ("bf16", "fp32"):
+                yield (
+                    f"reweight {name}, {size} {dtype}",
+                    lambda b=batch, c=classes, d=dtype, cur=curriculum, drop=dropout, t=steps,
+                    lag=lagged: _launch_reweight(b, c, DTYPES[d], cur, drop, t, lag),
+                )  # fmt: skip
+    for batch, ranks in ((128, 8), (1024, 8)):
+        yield f"weigh mentornet {ranks} × {batch}", lambda b=batch, r=ranks: _launch_weigh(b, r)
+
+
+def _state(batch: int, curriculum: Curriculum, steps: int) -> tuple[Any, Any]:
+    ids = _empty(batch, dtype=torch.int64)
+    history = _empty(2_400_001, steps, 2) if steps > 1 else None
+    average, step = _empty(), _empty(dtype=torch.int64)
+    state = reweight._State(average, step, history, None, ids, reweight._theta(curriculum))
+    return state, reweight._Numbers(39_000, 0, 0, -100)
+
+
+def _launch_reweight(
+    batch: int,
+    classes: int,
+    dtype: torch.dtype,
+    curriculum: Curriculum,
+    dropout: ExampleDropout,
+    steps: int,
+    lagged: bool,
+) -> None:
+    rest = {"loss_percentile": 0.75, "decay": 0.95, "label_smoothing": 0.0}
+    plan = Plan.of(curriculum, dropout, steps, lagged=lagged, advance=True, **rest)
+    arguments = (*_logits(batch, classes, dtype), *_state(batch, curriculum, steps), plan)
+    if lagged:
+        reweight.launch_one_pass(*arguments)
+    else:
+        splits = 4 if (batch, classes) == SIZES["long"] else None
+        reweight.launch_step(*arguments, splits=splits)
+
+
+def _launch_weigh(batch: int, ranks: int) -> None:
+    curriculum = _mentor(1, 20)
+    rest = {"loss_percentile": 0.75, "decay": 0.95, "label_smoothing": 0.0}
+    plan = Plan.of(curriculum, ExampleDropout(), 1, lagged=False, advance=True, **rest)
+    losses, everyone = (_empty(batch), _empty(2, batch)), _empty(ranks * batch)
+    labels = _empty(batch, dtype=torch.int64)
+    reweight.launch_weigh(losses, everyone, None, labels, *_state(batch, curriculum, 1), plan)
 
 
 def resources(arch: int, only: str = "") -> Iterator[Resources]:

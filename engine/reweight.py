@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from pathlib import Path
+from typing import get_args
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from mentorch.engine.curricula import resolve_curriculum
 from mentorch.engine.mentor import MentorNet
 from mentorch.kernels.example_dropout import ExampleDropout
+from mentorch.kernels.history import new_history
 from mentorch.kernels.mentor import EPOCHS, ClosedForm, Curriculum
-from mentorch.kernels.reweight import Reweighted, check_moving_average, reweight
+from mentorch.kernels.percentile import check_moving_average
+from mentorch.kernels.reweight import MovingAverage, Reweighted, reweight
 
 # Closed forms do not read the training progress; burn-in and a MentorNet's epoch embedding do.
 _NEEDS_STEPS = (
@@ -26,7 +29,8 @@ class Reweight(nn.Module):
 
     In training mode every call is one step: it updates ℓ_pt, counts the step and returns Σ v ℓ / B.
     In eval mode it is plain mean cross-entropy. All state is in device buffers, nothing syncs with
-    the host, and ``state_dict`` resumes exactly.
+    the host, and ``state_dict`` resumes exactly. On a GPU a step is two launches, gradient included
+    (`mentorch.kernels.reweight`).
 
     Args:
         curriculum: a closed form's name (``"linear"``), a shipped MentorNet's name, a
@@ -34,6 +38,12 @@ class Reweight(nn.Module):
         total_steps: training steps in all, from which the epoch percentage 0..99 is computed.
         loss_percentile: p of ℓ_pt, in [0, 1]: roughly the share of labels that is right.
         decay: of ℓ_pt's moving average, in [0, 1).
+        moving_avg: "updated": losses are compared with ℓ_pt after their batch, as in the paper;
+            "lagged": with ℓ_pt before it, which saves a GPU one pass over the logits.
+        history_steps: T, how many visits of a sample a MentorNet's bi-LSTM looks at. Above 1,
+            ``num_samples`` is needed and every call takes ``index``.
+        num_samples: N of the data set, for the history (8 T bytes a sample).
+        label_smoothing: ε of the targets, in [0, 1].
         burn_in: share of training before the curriculum sets in (the paper's first 20%), rounded to
             whole percents.
         burn_in_dropout: share of samples dropped at random during burn-in (1 − the paper's p).
@@ -55,6 +65,7 @@ class Reweight(nn.Module):
 
     loss_moving_avg: Tensor
     step: Tensor
+    history: Tensor | None
 
     def __init__(
         self,
@@ -63,6 +74,10 @@ class Reweight(nn.Module):
         total_steps: int | None = None,
         loss_percentile: float = 0.75,
         decay: float = 0.95,
+        moving_avg: MovingAverage = "updated",
+        history_steps: int = 1,
+        num_samples: int | None = None,
+        label_smoothing: float = 0.0,
         burn_in: float = 0.2,
         burn_in_dropout: float = 0.5,
         example_dropout: float = 0.0,
@@ -80,6 +95,12 @@ class Reweight(nn.Module):
         if not 0.0 <= burn_in <= 1.0:
             raise ValueError(f"burn_in is a share of training in [0, 1], got {burn_in}")
         check_moving_average(loss_percentile, decay)
+        if moving_avg not in get_args(MovingAverage):
+            raise ValueError(f"moving_avg is 'updated' or 'lagged', not {moving_avg!r}")
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+        if history_steps > 1 and num_samples is None:
+            raise ValueError(f"history_steps={history_steps} needs num_samples, the data set's size")
         # A copy: the caller may go on training theirs.
         self.mentor = (
             deepcopy(resolved).requires_grad_(False) if isinstance(resolved, MentorNet) else None
@@ -88,6 +109,8 @@ class Reweight(nn.Module):
         self.total_steps = total_steps or EPOCHS
         self.loss_percentile = loss_percentile
         self.decay = decay
+        self.moving_avg = moving_avg
+        self.label_smoothing = label_smoothing
         self.dropout = ExampleDropout(
             round(burn_in * EPOCHS), burn_in_dropout, example_dropout, exact_dropout
         )
@@ -96,6 +119,8 @@ class Reweight(nn.Module):
         self.group = group
         self.register_buffer("loss_moving_avg", torch.zeros(()))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        kept = num_samples is not None and history_steps > 1
+        self.register_buffer("history", new_history(num_samples, history_steps) if kept else None)
 
     def curriculum(self) -> Curriculum:
         """The curriculum in force, as the kernels take it."""
@@ -108,11 +133,6 @@ class Reweight(nn.Module):
         """Training progress, an integer 0..99 (0-d tensor on the device)."""
         return (self.step * EPOCHS // self.total_steps).clamp(max=EPOCHS - 1)
 
-    def _row_ids(self, labels: Tensor) -> Tensor:
-        """Row numbers in the global batch, so that ranks do not toss the same coins."""
-        rank = 0 if self.group is None else dist.get_rank(self.group)
-        return torch.arange(labels.shape[0], device=labels.device) + rank * labels.shape[0]
-
     def weigh(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
         """One training step with everything it computed: loss, sample losses, weights, ℓ_pt.
 
@@ -121,25 +141,27 @@ class Reweight(nn.Module):
             labels: [B] int64; ``ignore_index`` for rows that do not count.
             index: [B] int64 sample ids, which make example dropout a property of the sample.
         """
-        out = reweight(
+        if self.history is not None and index is None:
+            raise ValueError("a history is kept by sample: call criterion(logits, labels, index)")
+        return reweight(
             logits,
             labels,
             self.curriculum(),
             self.loss_moving_avg,
-            self.epoch_pct(),
+            step=self.step,
+            total_steps=self.total_steps,
             loss_percentile=self.loss_percentile,
             decay=self.decay,
+            moving_avg=self.moving_avg,
             dropout=self.dropout,
             seed=self.seed,
-            step=self.step,
-            sample_ids=self._row_ids(labels) if index is None else index,
+            sample_ids=index,
+            history=self.history,
+            label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
             group=self.group,
+            advance=True,
         )
-        with torch.no_grad():
-            self.loss_moving_avg.copy_(out.loss_moving_avg)
-            self.step += 1
-        return out
 
     def forward(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Tensor:
         """The loss to call ``backward`` on; arguments as `weigh`."""

@@ -63,12 +63,6 @@ def cross_entropy_ref(
 
 
 @triton.jit
-def log_sum_exp(top, total):
-    """From the largest logit and the sum of exp(z − largest); a row of −inf has −inf."""
-    return tl.where(top == float("-inf"), 0.0, top) + tl.log(total)
-
-
-@triton.jit
 def _merge(top, total, other_top, other_total):
     """Two parts of a running (largest, sum of exponentials)."""
     new_top = tl.maximum(top, other_top)
@@ -160,7 +154,8 @@ def loss_of_rows(
     labels_ptr,
     row_R,
     B,
-    lse_R,
+    top_R,  # largest logit
+    log_R,  # log of the sum of exp(z − largest)
     sum_R,  # of the logits; read when smoothing
     ignore_index,
     smoothing,
@@ -175,10 +170,11 @@ def loss_of_rows(
     z_R = tl.load(
         logits_ptr + row_R * STRIDE + label_R, mask=there_R & known_R, other=float("nan")
     ).to(tl.float32)
+    # Differences from the largest first: their sum with it would round small losses away.
     if SMOOTH:
-        loss_R = lse_R - (1.0 - smoothing) * z_R - smoothing * (sum_R / C)
+        loss_R = log_R + (1.0 - smoothing) * (top_R - z_R) + smoothing * (top_R - sum_R / C)
     else:
-        loss_R = lse_R - z_R
+        loss_R = log_R + (top_R - z_R)
     return tl.where(label_R == ignore_index, 0.0, loss_R), label_R
 
 
@@ -225,7 +221,7 @@ def losses_of_program(
     logits_ptr,
     labels_ptr,
     loss_ptr,  # [B] float32, written
-    lse_ptr,  # [B] float32, written
+    lse_ptr,  # [2, B] float32, written: largest logit, log of the sum of exp(z − largest)
     present_ptr,  # [B] float32, written: the loss as the percentile takes it; or None
     partial_ptr,  # [3, SPLITS, B] float32, written when SPLITS > 1
     B,
@@ -265,11 +261,13 @@ def _store_losses(
     logits_ptr, labels_ptr, loss_ptr, lse_ptr, present_ptr, row_R, B, top_R, total_R, sum_R,
     ignore_index, smoothing, C: tl.constexpr, STRIDE: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    lse_R = log_sum_exp(top_R, total_R)
+    log_R = tl.log(total_R)
     loss_R, label_R = loss_of_rows(
-        logits_ptr, labels_ptr, row_R, B, lse_R, sum_R, ignore_index, smoothing, C, STRIDE, SMOOTH
-    )
-    tl.store(lse_ptr + row_R, lse_R, mask=row_R < B)
+        logits_ptr, labels_ptr, row_R, B, top_R, log_R, sum_R, ignore_index, smoothing, C, STRIDE,
+        SMOOTH,
+    )  # fmt: skip
+    tl.store(lse_ptr + row_R, top_R, mask=row_R < B)
+    tl.store(lse_ptr + B + row_R, log_R, mask=row_R < B)
     tl.store(loss_ptr + row_R, loss_R, mask=row_R < B)
     if present_ptr is not None:
         present_R = tl.where(loss_R != loss_R, float("inf"), loss_R)
@@ -354,7 +352,8 @@ def gradient_of_rows(
     row_L, lane_L, line_L, skip_L = lanes_of_rows(first_row, C, STRIDE, ROWS, LANES, V)
     there_L = row_L < B
     label_L = tl.load(labels_ptr + row_L, mask=there_L, other=0).to(tl.int64)
-    lse_L = tl.load(lse_ptr + row_L, mask=there_L, other=0.0)
+    top_L = tl.load(lse_ptr + row_L, mask=there_L, other=0.0)
+    log_L = tl.load(lse_ptr + B + row_L, mask=there_L, other=0.0)
     scale_L = tl.load(row_scale_ptr + row_L * row_scale_stride, mask=there_L, other=0.0)
     scale_L = scale_L.to(tl.float32) * scale
     scale_L = tl.where((label_L < 0) | (label_L >= C), float("nan"), scale_L)  # as its loss
@@ -366,7 +365,7 @@ def gradient_of_rows(
         z_LV, at_LV, mine_LV = load_lines(
             logits_ptr, read_L, lane_L, line_L, skip_L, B, first, C, V
         )  # fmt: skip
-        p_LV = tl.exp(z_LV.to(tl.float32) - lse_L[:, None])
+        p_LV = tl.exp((z_LV.to(tl.float32) - top_L[:, None]) - log_L[:, None])
         target_LV = (at_LV == (label_L + skip_L)[:, None]).to(tl.float32)
         if SMOOTH:
             target_LV = (1.0 - smoothing) * target_LV + smoothing / C
@@ -480,6 +479,15 @@ def row_tile(
     return RowTile(rows, lanes, vector, -(-chunks // splits), splits, warps)
 
 
+def row_buffers(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for (loss [B], lse [2, B]), float32."""
+    batch = logits.shape[0]
+    return (
+        logits.new_empty(batch, dtype=torch.float32),
+        logits.new_empty(2, batch, dtype=torch.float32),
+    )
+
+
 def partials(logits: Tensor, tile: RowTile) -> Tensor | None:
     """Scratch for the parts of split rows."""
     if tile.splits == 1:
@@ -501,11 +509,14 @@ def launch_forward(
     present: Tensor | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, lse), both [B] float32; ``present`` is filled as `losses_of_program` says."""
+    """(loss [B], lse [2, B]) float32; ``present`` is filled as `losses_of_program` says.
+
+    lse is kept in two parts, whose sum is log Σ exp(z): largest logit and log Σ exp(z − largest).
+    """
     batch = logits.shape[0]
     logits, labels = unit_stride(logits), labels.contiguous()
     tile = row_tile(logits, splits=splits)
-    loss, lse = (logits.new_empty(batch, dtype=torch.float32) for _ in range(2))
+    loss, lse = row_buffers(logits)
     _cross_entropy_fwd_kernel[tile.grid(batch)](
         logits,
         labels,
@@ -580,11 +591,7 @@ def _cross_entropy(
 
 @_cross_entropy.register_fake
 def _(logits, labels, ignore_index, smoothing):
-    shape = logits.shape[0]
-    return (
-        logits.new_empty(shape, dtype=torch.float32),
-        logits.new_empty(shape, dtype=torch.float32),
-    )
+    return row_buffers(logits)
 
 
 @torch.library.custom_op("mentorch::cross_entropy_gradient", mutates_args=())
@@ -642,8 +649,10 @@ def check_logits(logits: Tensor, labels: Tensor, label_smoothing: float) -> None
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         shapes = f"{list(logits.shape)} and {list(labels.shape)}"
         raise ValueError(f"logits must be [B, C] and labels [B], got {shapes}")
-    if logits.shape[0] == 0 or logits.shape[1] == 0:
-        raise ValueError(f"the batch is empty: the logits are {list(logits.shape)}")
+    if logits.shape[0] == 0:
+        raise ValueError("the batch is empty: logits have 0 rows")
+    if logits.shape[1] == 0:
+        raise ValueError(f"there are no classes: logits are {list(logits.shape)}")
     if labels.device != logits.device:
         raise ValueError(f"the logits are on {logits.device} but the labels on {labels.device}")
     if labels.is_floating_point():

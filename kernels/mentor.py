@@ -273,11 +273,14 @@ def _lstm(
     c_MH = tl.zeros([loss_M.shape[0], UNITS], tl.float32)
     if BACKWARD:
         h_MH, c_MH = _lstm_step(h_MH, c_MH, loss_M, diff_M, ih_ptr, hh_ptr, bias_ptr, H)
-    for t in range(T - 1):
-        step = (T - 1 - t) if BACKWARD else (t + 1)
-        then_loss_M = tl.load(past_ptr_M + 2 * step, mask=known_M, other=float("nan"))
-        then_diff_M = tl.load(past_ptr_M + 2 * step + 1, mask=known_M, other=float("nan"))
-        h_MH, c_MH = _lstm_step(h_MH, c_MH, then_loss_M, then_diff_M, ih_ptr, hh_ptr, bias_ptr, H)
+    if T > 1:
+        for t in range(T - 1):
+            step = (T - 1 - t) if BACKWARD else (t + 1)
+            then_loss_M = tl.load(past_ptr_M + 2 * step, mask=known_M, other=float("nan"))
+            then_diff_M = tl.load(past_ptr_M + 2 * step + 1, mask=known_M, other=float("nan"))
+            h_MH, c_MH = _lstm_step(
+                h_MH, c_MH, then_loss_M, then_diff_M, ih_ptr, hh_ptr, bias_ptr, H
+            )  # fmt: skip
     if not BACKWARD:
         h_MH, c_MH = _lstm_step(h_MH, c_MH, loss_M, diff_M, ih_ptr, hh_ptr, bias_ptr, H)
     return c_MH if OUTPUT == "c" else h_MH

@@ -39,6 +39,7 @@ from mentorch.kernels.cross_entropy import (
     launch_forward,
     losses_of_program,
     partials,
+    row_buffers,
     row_tile,
     unit_stride,
 )
@@ -335,7 +336,7 @@ def _outcome(like: Tensor, loss_moving_avg: Tensor) -> _Outcome:
         sample_loss=_float32(like, batch),
         weight=_float32(like, batch),
         new_avg=torch.empty_like(loss_moving_avg),
-        lse=_float32(like, batch),
+        lse=_float32(like, 2, batch),
         count=_float32(like),
     )
 
@@ -464,6 +465,7 @@ def launch_weigh(
 # ---- Registration with torch ----------------------------------------------------------------------
 
 _SCHEMA_TYPES = {str: "str", float: "float", int: "int", bool: "bool"}
+_PLAN_FIELDS = tuple(f.name for f in fields(Plan))
 _PLAN_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[f.type]} {f.name}" for f in fields(Plan))  # type: ignore[index]
 _STATE_SCHEMA = (
     "Tensor(a!) loss_moving_avg, Tensor(b!) step, Tensor(c!)? history, Tensor? epoch_pct, "
@@ -552,8 +554,7 @@ def present_losses(
 
 @present_losses.register_fake
 def _(logits, labels, ignore_index, smoothing):
-    loss, lse, present = (_float32(logits, logits.shape[0]) for _ in range(3))
-    return loss, lse, present
+    return *row_buffers(logits), _float32(logits, logits.shape[0])
 
 
 @torch.library.custom_op("mentorch::correct_gradient", mutates_args=("grad",))
@@ -708,7 +709,7 @@ def reweight(
             one_pass,
             *_State(loss_moving_avg.detach(), step, history, epoch_pct, sample_ids, _theta(curriculum)),
             *_Numbers(total_steps or 1, _first_row(labels, group), seed, ignore_index),
-            *(getattr(plan, f.name) for f in fields(Plan)),
+            *[getattr(plan, name) for name in _PLAN_FIELDS],
         )
     return Reweighted(*out)
 

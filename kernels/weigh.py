@@ -42,7 +42,7 @@ class Plan:
     lambda2: float
     gamma: float
     on_loss: bool
-    labels: int
+    known_labels: int
     label_dim: int
     epoch_dim: int
     units: int  # H
@@ -78,7 +78,7 @@ class Plan:
             }
         else:
             fields |= {
-                "labels": curriculum.label_embedding.shape[0],
+                "known_labels": curriculum.label_embedding.shape[0],
                 "label_dim": curriculum.label_embedding.shape[1],
                 "epoch_dim": curriculum.epoch_embedding.shape[1],
                 "units": curriculum.forward.weight_hh.shape[1],
@@ -139,7 +139,7 @@ def batch_tile(plan: Plan, batch: int, losses: int, warps: int) -> dict[str, int
     """M, BLOCK and ONE_BLOCK of `weigh_batch`: as many samples a tile as the registers hold."""
     block = min(next_power_of_2(losses), _MOST_KEYS)
     widest = max(plan.padded_units, plan.padded_hidden) if plan.kind == "mentornet" else 1
-    most = max(32 * warps * 32 // widest, 16)
+    most = max(32 * warps * 16 // widest, 16)
     return {
         "M": min(next_power_of_2(batch), most, 1024),
         "BLOCK": block,
@@ -176,7 +176,7 @@ def curriculum_weight(
         OUTPUT: tl.constexpr = PLAN.lstm_output
         known_M = there_M & (id_M >= 0) & (id_M < N)
         past_ptr_M = history_ptr + id_M * (2 * T) if T > 1 else id_M
-        label_M = tl.minimum(tl.maximum(label_M, 0), PLAN.labels - 1)
+        label_M = tl.minimum(tl.maximum(label_M, 0), PLAN.known_labels - 1)
         weight_M = mentornet(
             loss_M, diff_M, past_ptr_M, known_M, label_M, epoch_pct, theta, T, H, UNITS, F, HIDDEN,
             LABEL_DIM, EPOCH_DIM, USE_LABEL, OUTPUT,
