@@ -98,8 +98,7 @@ def load_lines(
     z_LV = tl.load(
         logits_ptr + line_L[:, None] + at_LV,
         mask=(row_L < B)[:, None] & (at_LV < end_L[:, None]),
-        other=float("-inf"),
-    )
+    ).to(tl.float32)
     mine_LV = (at_LV >= skip_L[:, None]) & (at_LV < (skip_L + C)[:, None])
     return tl.where(mine_LV, z_LV, float("-inf")), at_LV, mine_LV
 
@@ -131,7 +130,6 @@ def row_statistics(
         z_LV, _, mine_LV = load_lines(
             logits_ptr, row_L, lane_L, line_L, skip_L, B, first, C, V
         )  # fmt: skip
-        z_LV = z_LV.to(tl.float32)
         top_L, total_L = _add_lines(top_L, total_L, z_LV)
         if SUM:
             sum_L += tl.sum(tl.where(mine_LV, z_LV, 0.0), axis=1)
@@ -167,9 +165,8 @@ def loss_of_rows(
     there_R = row_R < B
     label_R = tl.load(labels_ptr + row_R, mask=there_R, other=0).to(tl.int64)
     known_R = (label_R >= 0) & (label_R < C)
-    z_R = tl.load(
-        logits_ptr + row_R * STRIDE + label_R, mask=there_R & known_R, other=float("nan")
-    ).to(tl.float32)
+    z_R = tl.load(logits_ptr + row_R * STRIDE + label_R, mask=there_R & known_R).to(tl.float32)
+    z_R = tl.where(known_R, z_R, float("nan"))
     # Differences from the largest first: their sum with it would round small losses away.
     if SMOOTH:
         loss_R = log_R + (1.0 - smoothing) * (top_R - z_R) + smoothing * (top_R - sum_R / C)
@@ -365,7 +362,7 @@ def gradient_of_rows(
         z_LV, at_LV, mine_LV = load_lines(
             logits_ptr, read_L, lane_L, line_L, skip_L, B, first, C, V
         )  # fmt: skip
-        p_LV = tl.exp((z_LV.to(tl.float32) - top_L[:, None]) - log_L[:, None])
+        p_LV = tl.exp((z_LV - top_L[:, None]) - log_L[:, None])
         target_LV = (at_LV == (label_L + skip_L)[:, None]).to(tl.float32)
         if SMOOTH:
             target_LV = (1.0 - smoothing) * target_LV + smoothing / C

@@ -69,7 +69,7 @@ def moving_average_ref(loss_moving_avg: Tensor, percentile: Tensor, decay: float
 def order_key(x):
     """uint32 keys in the order of float32 ``x``; NaN last."""
     bits = (x + 0.0).to(tl.uint32, bitcast=True)
-    key = tl.where(bits >> 31 == 1, ~bits, bits | 0x80000000)  # negative floats order backwards
+    key = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)  # negative floats order backwards
     return tl.where(x != x, _ABSENT_KEY, key)
 
 
@@ -146,7 +146,7 @@ def block_order_statistic(
         skipped = tl.where(digit == 2, below_2, skipped)
         position -= tl.where(digit == 3, below_3, skipped)  # now among those that begin with `found`
         found = found | (digit << shift)
-    bits = tl.where(found >> 31 == 1, found ^ 0x80000000, ~found)
+    bits = tl.where(found >> 31 == 1, found ^ 0x80000000, found ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
