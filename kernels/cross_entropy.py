@@ -115,35 +115,35 @@ def _add_lines(top_L, total_L, z_LV):
 @triton.jit
 def row_statistics(
     logits_ptr, first_row, B, split, C: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, SUM: tl.constexpr,
+    LANES: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """(largest logit, sum of exp(z − largest), sum of z), each [R], of rows or one split of them.
+    """(largest logit, sum of exp(z − largest), mean of z), each [R], of rows or one split of them.
 
-    A split is CHUNKS chunks, a chunk one line a lane; SUM says whether the sum of z is wanted.
+    A split is CHUNKS chunks, a chunk one line a lane; MEAN says whether the mean is wanted.
     """
     row_L, lane_L, line_L, skip_L = lanes_of_rows(first_row, C, STRIDE, ROWS, LANES, V)
     top_L = tl.full([ROWS * LANES], float("-inf"), tl.float32)
     total_L = tl.zeros([ROWS * LANES], tl.float32)
-    sum_L = tl.zeros([ROWS * LANES], tl.float32)
+    mean_L = tl.zeros([ROWS * LANES], tl.float32)
     for chunk in range(CHUNKS):
         first = (split * CHUNKS + chunk) * (LANES * V)
         z_LV, _, mine_LV = load_lines(
             logits_ptr, row_L, lane_L, line_L, skip_L, B, first, C, V
         )  # fmt: skip
         top_L, total_L = _add_lines(top_L, total_L, z_LV)
-        if SUM:
-            sum_L += tl.sum(tl.where(mine_LV, z_LV, 0.0), axis=1)
-    return join_lanes(top_L, total_L, sum_L, ROWS, LANES)
+        if MEAN:
+            mean_L += tl.sum(tl.where(mine_LV, z_LV * (1.0 / C), 0.0), axis=1)
+    return join_lanes(top_L, total_L, mean_L, ROWS, LANES)
 
 
 @triton.jit
-def join_lanes(top_L, total_L, sum_L, ROWS: tl.constexpr, LANES: tl.constexpr):
+def join_lanes(top_L, total_L, mean_L, ROWS: tl.constexpr, LANES: tl.constexpr):
     """The lanes' statistics put together, row by row: three times [R]."""
     top_RL = tl.reshape(top_L, [ROWS, LANES])
     top_R = tl.max(top_RL, axis=1)
     base_R = tl.where(top_R == float("-inf"), 0.0, top_R)
     total_RL = tl.reshape(total_L, [ROWS, LANES]) * tl.exp(top_RL - base_R[:, None])
-    return top_R, tl.sum(total_RL, axis=1), tl.sum(tl.reshape(sum_L, [ROWS, LANES]), axis=1)
+    return top_R, tl.sum(total_RL, axis=1), tl.sum(tl.reshape(mean_L, [ROWS, LANES]), axis=1)
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def loss_of_rows(
     B,
     top_R,  # largest logit
     log_R,  # log of the sum of exp(z − largest)
-    sum_R,  # of the logits; read when smoothing
+    mean_R,  # of the logits; read when smoothing
     ignore_index,
     smoothing,
     C: tl.constexpr,
@@ -169,7 +169,7 @@ def loss_of_rows(
     z_R = tl.where(known_R, z_R, float("nan"))
     # Differences from the largest first: their sum with it would round small losses away.
     if SMOOTH:
-        loss_R = log_R + (1.0 - smoothing) * (top_R - z_R) + smoothing * (top_R - sum_R / C)
+        loss_R = log_R + (1.0 - smoothing) * (top_R - z_R) + smoothing * (top_R - mean_R)
     else:
         loss_R = log_R + (top_R - z_R)
     return tl.where(label_R == ignore_index, 0.0, loss_R), label_R
@@ -177,26 +177,26 @@ def loss_of_rows(
 
 @triton.jit
 def _combine_splits(
-    partial_ptr,  # [3, SPLITS, B]: largest, sum of exponentials, sum
+    partial_ptr,  # [3, SPLITS, B]: largest, sum of exponentials, share of the mean
     row_R,
     B,
     SPLITS: tl.constexpr,
-    SUM: tl.constexpr,
+    MEAN: tl.constexpr,
 ):
     there_R = row_R < B
     top_R = tl.full(row_R.shape, float("-inf"), tl.float32)
     total_R = tl.zeros(row_R.shape, tl.float32)
-    sum_R = tl.zeros(row_R.shape, tl.float32)
+    mean_R = tl.zeros(row_R.shape, tl.float32)
     for split in range(SPLITS):
         at_R = partial_ptr + split * B + row_R
         part_R = tl.load(at_R, mask=there_R, other=float("-inf"), cache_modifier=".cg")
         exp_R = tl.load(at_R + SPLITS * B, mask=there_R, other=0.0, cache_modifier=".cg")
         top_R, total_R = _merge(top_R, total_R, part_R, exp_R)
-        if SUM:
-            sum_R += tl.load(
+        if MEAN:
+            mean_R += tl.load(
                 at_R + 2 * SPLITS * B, mask=there_R, other=0.0, cache_modifier=".cg"
             )
-    return top_R, total_R, sum_R
+    return top_R, total_R, mean_R
 
 
 @triton.jit
@@ -237,7 +237,7 @@ def losses_of_program(
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     row_R = first_row + tl.arange(0, ROWS)
     split = tl.program_id(1)
-    top_R, total_R, sum_R = row_statistics(
+    top_R, total_R, mean_R = row_statistics(
         logits_ptr, first_row, B, split, C, STRIDE, ROWS, LANES, V, CHUNKS, SMOOTH
     )
     if SPLITS > 1:
@@ -245,22 +245,22 @@ def losses_of_program(
         tl.store(at_R, top_R, mask=row_R < B)
         tl.store(at_R + SPLITS * B, total_R, mask=row_R < B)
         if SMOOTH:
-            tl.store(at_R + 2 * SPLITS * B, sum_R, mask=row_R < B)
+            tl.store(at_R + 2 * SPLITS * B, mean_R, mask=row_R < B)
     else:
         _store_losses(
             logits_ptr, labels_ptr, loss_ptr, lse_ptr, present_ptr, row_R, B, top_R, total_R,
-            sum_R, ignore_index, smoothing, C, STRIDE, SMOOTH,
+            mean_R, ignore_index, smoothing, C, STRIDE, SMOOTH,
         )  # fmt: skip
 
 
 @triton.jit
 def _store_losses(
-    logits_ptr, labels_ptr, loss_ptr, lse_ptr, present_ptr, row_R, B, top_R, total_R, sum_R,
+    logits_ptr, labels_ptr, loss_ptr, lse_ptr, present_ptr, row_R, B, top_R, total_R, mean_R,
     ignore_index, smoothing, C: tl.constexpr, STRIDE: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     log_R = tl.log(total_R)
     loss_R, label_R = loss_of_rows(
-        logits_ptr, labels_ptr, row_R, B, top_R, log_R, sum_R, ignore_index, smoothing, C, STRIDE,
+        logits_ptr, labels_ptr, row_R, B, top_R, log_R, mean_R, ignore_index, smoothing, C, STRIDE,
         SMOOTH,
     )  # fmt: skip
     tl.store(lse_ptr + row_R, top_R, mask=row_R < B)
@@ -280,10 +280,10 @@ def finish_splits(
     """The losses of all rows from the parts of split rows, by the last program."""
     for start in range(0, B, 128):
         row_R = start + tl.arange(0, 128).to(tl.int64)
-        top_R, total_R, sum_R = _combine_splits(partial_ptr, row_R, B, SPLITS, SMOOTH)
+        top_R, total_R, mean_R = _combine_splits(partial_ptr, row_R, B, SPLITS, SMOOTH)
         _store_losses(
             logits_ptr, labels_ptr, loss_ptr, lse_ptr, present_ptr, row_R, B, top_R, total_R,
-            sum_R, ignore_index, smoothing, C, STRIDE, SMOOTH,
+            mean_R, ignore_index, smoothing, C, STRIDE, SMOOTH,
         )  # fmt: skip
 
 

@@ -601,6 +601,7 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, lse, weight, count, grad, written)
         ctx.mark_non_differentiable(loss, weight, new_avg)
         ctx.set_materialize_grads(False)
+        ctx.used = False
         return total, loss, weight, new_avg
 
     @staticmethod
@@ -609,12 +610,14 @@ class _Fused(torch.autograd.Function):
         if scale is None:
             return nothing
         logits, labels, lse, weight, count, grad, written = ctx.saved_tensors
-        if grad is None:
+        if grad is None or ctx.used or torch.is_grad_enabled():  # the last: create_graph=True
             grad = cross_entropy_gradient(logits, labels, lse, weight, scale, count, *ctx.settings)
         else:
             correct_gradient(
                 grad, written, logits, labels, lse, weight, scale, count, *ctx.settings
             )
+            if not torch.compiler.is_compiling():
+                ctx.used = True  # handed out: a second backward writes its own
         return grad, *nothing[1:]
 
 

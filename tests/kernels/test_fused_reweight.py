@@ -1,0 +1,451 @@
+"""The fused step against the definition in float64, on a GPU or in Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mentorch
+from mentorch.kernels import reweight as module
+from mentorch.kernels.example_dropout import ExampleDropout
+from mentorch.kernels.history import new_history
+from mentorch.kernels.mentor import ClosedForm, LstmWeights, MentorWeights
+from mentorch.kernels.reweight import reweight, reweight_ref
+from mentorch.kernels.weigh import Plan
+
+pytestmark = pytest.mark.usefixtures("device")
+
+BATCHES = [1, 2, 63, 64, 127, 1000]  # as in test_fused_cross_entropy.py
+CLASSES = [1, 2, 10, 100, 1000, 1001, 21841]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+COINS = ExampleDropout(20, 0.5, 0.3)
+EXACT = ExampleDropout(20, 0.5, 0.3, exact=True)
+LINEAR = ClosedForm("linear", lambda2=3.0)
+
+
+def mentor(units=1, hidden=20, labels=2, use_label=False, output="c", seed=0):
+    """A MentorNet of random weights; the default has the released dims."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator) * 0.7
+
+    lstms = [
+        LstmWeights(random(4 * units, 2), random(4 * units, units), random(4 * units))
+        for _ in range(2)
+    ]
+    return MentorWeights(
+        random(labels, 3), random(100, 5), *lstms, random(hidden, 8 + 2 * units), random(hidden),
+        random(1, hidden), random(1), use_label, output,
+    )  # fmt: skip
+
+
+def cast(curriculum, *target):
+    """A curriculum's tensors moved to a device or dtype."""
+    if isinstance(curriculum, ClosedForm):
+        return curriculum
+
+    def move(value):
+        if isinstance(value, LstmWeights):
+            return LstmWeights(*(t.to(*target) for t in value))
+        return value.to(*target) if isinstance(value, torch.Tensor) else value
+
+    return MentorWeights(*map(move, curriculum))
+
+
+class Run:
+    """The same training steps by `reweight` and by the definition in float64, compared."""
+
+    def __init__(self, curriculum, device, *, step=50, history=None, upstream=1.7, **options):
+        self.curriculum, self.device, self.upstream = curriculum, device, upstream
+        self.options = {"total_steps": 100, "seed": 11, "advance": True, **options}
+        self.history = history
+        self.state = [(torch.tensor(1.0, dtype=d), torch.tensor(step)) for d in (None, torch.double)]
+        self.tables = [history.clone(), history.double()] if history is not None else [None] * 2
+
+    def step(self, logits, labels, sample_ids=None, atol=1e-5):
+        """One step by both; the fused one's outcome and gradient."""
+        results = []
+        for which, (function, device, dtype) in enumerate(
+            [(reweight, self.device, logits.dtype), (reweight_ref, "cpu", torch.double)]
+        ):
+            z = logits.detach().to(device, dtype).requires_grad_()
+            avg, step = (t.to(device) for t in self.state[which])
+            table = None if self.history is None else self.tables[which].to(device)
+            curriculum = cast(self.curriculum, device)
+            curriculum = cast(curriculum, torch.double) if which else curriculum
+            ids = None if sample_ids is None else sample_ids.to(device)
+            out = function(
+                z, labels.to(device), curriculum, avg, step=step, sample_ids=ids, history=table,
+                **self.options,
+            )  # fmt: skip
+            assert torch.equal(avg, out.loss_moving_avg)  # the state moved on
+            gradient = torch.zeros_like(z)
+            if out.loss.requires_grad:
+                (gradient,) = torch.autograd.grad(out.loss, z, out.loss.new_tensor(self.upstream))
+            self.state[which] = avg, step
+            self.tables[which] = table
+            results.append((out, gradient))
+        (found, gradient), (expected, exact) = results
+        for name in found._fields:
+            torch.testing.assert_close(
+                getattr(found, name).double().cpu(), getattr(expected, name), rtol=1e-5, atol=atol,
+                equal_nan=True, msg=lambda m, name=name: f"{name}: {m}",
+            )  # fmt: skip
+        assert int(self.state[0][1]) == int(self.state[1][1])
+        eps = torch.finfo(logits.dtype).eps
+        torch.testing.assert_close(
+            gradient.double().cpu(), exact, rtol=2 * max(eps, 1e-5), equal_nan=True,
+            atol=max(2 * eps, atol) * exact.abs().nan_to_num(0).max().item() + 1e-7,
+        )  # fmt: skip
+        if self.history is not None:
+            torch.testing.assert_close(
+                self.tables[0][:-1].double().cpu(), self.tables[1][:-1], rtol=1e-5, atol=atol,
+                equal_nan=True,
+            )  # fmt: skip
+        return found, gradient
+
+
+def draw(batch, classes, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, classes, generator=generator) * 2
+    return logits.to(dtype), torch.randint(classes, (batch,), generator=generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_grid(batch, classes, dtype, device):
+    """Curricula, dropout and the lagged form take turns over the sizes."""
+    turn = BATCHES.index(batch) + CLASSES.index(classes) + DTYPES.index(dtype)
+    curriculum = [LINEAR, mentor(), ClosedForm("focal")][turn % 3]
+    logits, labels = draw(batch, classes, dtype)
+    if batch > 60:
+        labels[3] = -100
+        logits[3] = math.nan  # an ignored row leaves no trace
+    run = Run(
+        curriculum, device, dropout=[COINS, EXACT, None][turn // 3 % 3],
+        moving_avg="lagged" if turn % 2 else "updated",
+        label_smoothing=0.1 if turn % 5 == 0 else 0.0,
+    )  # fmt: skip
+    run.step(logits, labels)
+
+
+@pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
+@pytest.mark.parametrize("kind", ["uniform", "self_paced", "linear", "focal", "hard_example"])
+def test_closed_forms(kind, moving_avg, device):
+    for form in (
+        ClosedForm(kind, lambda1=0.3, lambda2=0.0, gamma=0.0),
+        ClosedForm(kind, lambda1=0.2, lambda2=2.0, gamma=0.5, on="loss"),
+    ):
+        run = Run(form, device, moving_avg=moving_avg)
+        for seed in range(3):
+            run.step(*draw(70, 12, seed=seed))
+
+
+@pytest.mark.parametrize(
+    ("units", "hidden", "use_label", "output", "steps"),
+    [
+        (1, 20, False, "c", 1),  # as released
+        (1, 20, False, "c", 5),
+        (1, 1, True, "h", 2),  # nothing to sum over
+        (3, 33, True, "h", 3),  # padded to powers of two
+        (16, 64, False, "h", 1),
+    ],
+)
+def test_mentornets(units, hidden, use_label, output, steps, device):
+    net = mentor(units, hidden, labels=12, use_label=use_label, output=output)
+    history = new_history(200, steps) if steps > 1 else None
+    run = Run(net, device, history=history, dropout=COINS)
+    for visit in range(steps + 2):  # from an empty history to a full one that has moved on
+        logits, labels = draw(65, 12, seed=visit)
+        labels[2] = -100
+        ids = torch.randperm(90, generator=torch.Generator().manual_seed(visit))[:65]
+        run.step(logits, labels, ids)
+
+
+def test_the_history_of_all_kinds_of_rows(device):
+    logits, labels = draw(7, 5)
+    labels[1] = -100  # ignored: not kept
+    logits[2] = math.nan  # its weight shows NaN, its visit is not kept
+    logits[3, labels[3]] = -math.inf  # an infinite loss: neither
+    ids = torch.tensor([8, 3, 5, 6, -1, 0, 9])  # −1: a sample without a number
+    table = new_history(10, 3)
+    table[5] = 1.0
+    run = Run(ClosedForm("linear"), device, history=table)
+    run.step(logits, labels, ids)
+    kept = run.tables[0][:-1, -1, 0].isfinite().nonzero().flatten().tolist()
+    assert kept == [0, 5, 8, 9]  # 5 as it was
+    assert run.tables[0][5].eq(1).all()
+
+
+def test_a_sample_id_beyond_the_history_shows_as_nan(device):
+    logits, labels = draw(4, 5)
+    ids = torch.tensor([0, 1, 10, 2], device=device)
+    out = reweight(
+        logits.to(device), labels.to(device), LINEAR, torch.tensor(1.0, device=device),
+        total_steps=1, sample_ids=ids, history=new_history(10, 2, device),
+    )  # fmt: skip
+    assert out.sample_weight.isnan().tolist() == [False, False, True, False]
+    assert out.loss.isnan()
+
+
+@pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
+@pytest.mark.parametrize("batch", [1, 50, 129, 1100])  # 1100: two tiles of samples
+@pytest.mark.parametrize("step", [3, 50])  # burn-in, and after it
+def test_the_same_mask_as_the_reference(step, batch, moving_avg, device):
+    logits, labels = draw(batch, 3)
+    labels[::7] = -100
+    labels[0] = 1
+    ids = torch.arange(batch) * (2**33 + 1)  # both words of the counter
+    for dropout in (COINS, EXACT, ExampleDropout(20, 0.9, 0.05, exact=True)):
+        run = Run(
+            ClosedForm("uniform"), device, step=step, dropout=dropout, moving_avg=moving_avg
+        )
+        found, _ = run.step(logits, labels, ids)
+        assert set(found.sample_weight.unique().tolist()) <= {0.0, 1.0}
+    tied, _ = Run(ClosedForm("uniform"), device, step=step, dropout=EXACT).step(
+        logits, labels, torch.full((batch,), 5)
+    )
+    valid = labels != -100
+    rate = 0.5 if step < 20 else 0.3
+    kept = tied.sample_weight.cpu()[valid]
+    count = math.floor(int(valid.sum()) * (1 - rate) + 1e-6)
+    assert kept.sum() == count
+    assert kept[:count].all()  # of equal coins the first rows
+
+
+@pytest.mark.parametrize("upstream", [1.0, 1024.0, 0.0, -0.5])
+@pytest.mark.parametrize("ignored", [0, 1, 5])
+@pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
+def test_upstream_gradients_and_ignored_rows(moving_avg, ignored, upstream, device):
+    """The one-pass gradient is right also where it was written at another scale than is wanted."""
+    logits, labels = draw(5, 17)
+    labels[:ignored] = -100
+    run = Run(LINEAR, device, moving_avg=moving_avg, upstream=upstream)
+    run.step(logits, labels)
+
+
+@pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
+def test_backward_twice_over_one_graph(moving_avg, device):
+    logits, labels = draw(6, 9)
+    z = logits.to(device).requires_grad_()
+    avg = torch.tensor(0.5, device=device)
+    out = reweight(z, labels.to(device), LINEAR, avg, total_steps=1, moving_avg=moving_avg)
+    first = torch.autograd.grad(out.loss * 3, z, retain_graph=True)[0].clone()
+    second = torch.autograd.grad(out.loss, z, retain_graph=True)[0].clone()
+    third = torch.autograd.grad(out.loss * 3, z)[0]
+    torch.testing.assert_close(first, 3 * second)
+    assert torch.equal(first, third)
+
+
+@pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
+def test_lagged_means_the_average_before_the_batch(moving_avg, device):
+    logits, labels = draw(8, 4)
+    avg = torch.tensor(-100.0, device=device)  # before: every loss lies far above it
+    form = ClosedForm("self_paced")
+    out = reweight(
+        logits.to(device), labels.to(device), form, avg, total_steps=1, decay=0.0,
+        loss_percentile=1.0, moving_avg=moving_avg,
+    )  # fmt: skip
+    assert out.sample_weight.sum() == (8 if moving_avg == "updated" else 0)
+    assert avg == -100.0  # not without `advance`
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("name", ["linear", "mentor"])
+def test_split_rows(name, splits, device):
+    curriculum = {"linear": LINEAR, "mentor": mentor()}[name]
+    logits, labels = draw(5, 21841)
+    labels[3] = -100
+    z, y = logits.to(device), labels.to(device)
+    plan = Plan.of(
+        curriculum, None, 1, loss_percentile=0.5, decay=0.9, label_smoothing=0.0, lagged=False,
+        advance=False,
+    )  # fmt: skip
+    avg, step = torch.tensor(9.0), torch.tensor(0)
+    theta = module._theta(cast(curriculum, device))
+    state = module._State(avg.to(device), step.to(device), None, None, None, theta)
+    found = module.launch_step(z, y, state, module._Numbers(10, 0, 0, -100), plan, splits=splits)
+    expected = reweight_ref(
+        logits, labels, curriculum, avg, loss_percentile=0.5, decay=0.9, total_steps=10, step=step
+    )
+    torch.testing.assert_close(found.total.cpu(), expected.loss)
+    torch.testing.assert_close(found.weight.cpu(), expected.sample_weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.new_avg.cpu(), expected.loss_moving_avg)
+
+
+@pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
+@pytest.mark.parametrize("layout", ["wide", "odd", "transposed", "inside a line"])
+def test_layouts(layout, moving_avg, device):
+    logits, labels = draw(6, 1003, torch.bfloat16)
+    logits = {
+        "wide": lambda z: torch.cat([z, z], 1)[:, :1000],
+        "odd": lambda z: z[:, :1000],
+        "transposed": lambda z: z.t().contiguous().t(),
+        "inside a line": lambda z: z[:, 3:],
+    }[layout](logits.to(device))
+    labels = labels % logits.shape[1]
+    found, expected = (
+        function(
+            logits.detach().requires_grad_(), labels.to(device), LINEAR,
+            torch.tensor(5.0, device=device), total_steps=1, moving_avg=moving_avg,
+        )
+        for function in (reweight, reweight_ref)
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected)
+
+
+def test_results_repeat_bit_by_bit(device):
+    logits, labels = draw(300, 37)
+    runs = [Run(mentor(), device, dropout=EXACT).step(logits, labels) for _ in range(2)]
+    for a, b in zip(*([*out, gradient] for out, gradient in runs), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_row_of_nan(device):
+    logits, labels = draw(40, 9)
+    logits[4] = math.nan
+    for form in (LINEAR, mentor(), ClosedForm("focal")):
+        found, gradient = Run(form, device).step(logits, labels)
+        assert found.loss.isnan()
+        assert torch.equal(gradient.isnan().any(1).cpu(), torch.arange(40) == 4)
+
+
+def test_labels_out_of_range_show_as_nan(device):
+    logits, labels = draw(6, 5)
+    labels[2] = 5
+    for moving_avg in ("updated", "lagged"):
+        z = logits.to(device).requires_grad_()
+        out = reweight(
+            z, labels.to(device), mentor(labels=5, use_label=True),
+            torch.tensor(1.0, device=device), total_steps=1, moving_avg=moving_avg,
+        )  # fmt: skip
+        out.loss.backward()
+        assert out.loss.isnan()
+        assert z.grad.isnan().any(1).tolist() == [False, False, True, False, False, False]
+
+
+# ---- As torch sees it -----------------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """The operators that ran, but for those that only allocate or look at memory."""
+
+    FREE = ("empty", "detach", "view", "alias", "slice", "select", "expand")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not any(word in name for word in self.FREE):
+            self.names.append(str(function.overloadpacket))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("moving_avg", "expected"),
+    [
+        ("updated", ["mentorch.reweight_step", "mentorch.cross_entropy_gradient"]),
+        ("lagged", ["mentorch.reweight_one_pass", "mentorch.correct_gradient"]),
+    ],
+)
+@pytest.mark.parametrize("curriculum", ["linear", "pd"])
+def test_a_step_of_the_module_is_two_operators(curriculum, moving_avg, expected, device):
+    """State, progress, dropout and row numbers included; each operator is one launch."""
+    criterion = mentorch.Reweight(curriculum, total_steps=10, moving_avg=moving_avg).to(device)
+    logits, labels = draw(8, 5)
+    logits, labels = logits.to(device).requires_grad_(), labels.to(device)
+    with Operators() as operators:
+        loss = criterion(logits, labels)
+        torch.autograd.grad(loss, logits, torch.ones_like(loss))
+    assert [n for n in operators.names if n != "aten.ones_like"] == expected
+    assert criterion.step == 1
+
+
+def arguments(device, curriculum, lagged):
+    logits, labels = draw(6, 10)
+    plan = Plan.of(
+        curriculum, COINS, 3, loss_percentile=0.75, decay=0.95, label_smoothing=0.1, lagged=lagged,
+        advance=True,
+    )  # fmt: skip
+    average, step = torch.tensor(1.0, device=device), torch.tensor(3, device=device)
+    ids = torch.arange(6, device=device)
+    state = (average, step, new_history(50, 3, device), None, ids)
+    theta = module._theta(cast(curriculum, device))
+    numbers = module._Numbers(100, 0, 3, -100)
+    plan_values = [getattr(plan, name) for name in module._PLAN_FIELDS]
+    return logits.to(device), labels.to(device), *state, theta, *numbers, *plan_values
+
+
+@pytest.mark.parametrize("curriculum", [LINEAR, mentor()], ids=["linear", "mentor"])
+def test_opcheck(curriculum, device):
+    opcheck(module.reweight_step, arguments(device, curriculum, False))
+    opcheck(module.reweight_one_pass, arguments(device, curriculum, True))
+    logits, labels, *rest = arguments(device, curriculum, False)
+    opcheck(module.present_losses, (logits, labels, -100, 0.1))
+    loss, lse, present = module.present_losses(logits, labels, -100, 0.1)
+    everyone, ids = present.repeat(2), torch.arange(12, device=device)
+    opcheck(module.weigh, (loss, lse, everyone, ids, labels, *rest))
+    grad, scalar = torch.zeros_like(logits), torch.tensor(2.0, device=device)
+    opcheck(
+        module.correct_gradient,
+        (grad, scalar, logits, labels, lse, loss, scalar.clone(), scalar.clone(), -100, 0.1),
+    )
+
+
+@pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
+def test_compiles_as_one_graph(moving_avg, device):
+    options = {"history_steps": 3, "num_samples": 50, "moving_avg": moving_avg}
+    eager, compiled = (
+        mentorch.Reweight("pd", total_steps=10, **options).to(device) for _ in range(2)
+    )
+    graph = torch.compile(lambda z, y, i: compiled(z * 2, y, i), fullgraph=True)
+    ids = torch.arange(6, device=device)
+    for seed in range(3):
+        logits, labels = (t.to(device) for t in draw(6, 10, seed=seed))
+        results = []
+        for function in (lambda z, y, i: eager(z * 2, y, i), graph):
+            z = logits.clone().requires_grad_()
+            loss = function(z, labels, ids)
+            results.append((loss.detach(), torch.autograd.grad(loss, z)[0]))
+        torch.testing.assert_close(*results)
+    for name, expected in eager.state_dict().items():
+        found = compiled.state_dict()[name]
+        if name == "history":  # its last row is scratch
+            expected, found = expected[:-1], found[:-1]
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_the_loss_may_be_scaled_in_place(device):
+    logits, labels = draw(6, 4)
+    z = logits.to(device).requires_grad_()
+    loss = reweight(z, labels.to(device), LINEAR, torch.zeros((), device=device), total_steps=1).loss
+    loss /= 4  # gradient accumulation as people write it
+    loss.backward()
+    assert z.grad.any()
+
+
+def test_a_second_derivative_is_refused(device):
+    logits, labels = draw(3, 4)
+    z = logits.to(device).requires_grad_()
+    for moving_avg in ("updated", "lagged"):
+        loss = reweight(
+            z, labels.to(device), LINEAR, torch.ones((), device=device), total_steps=1,
+            moving_avg=moving_avg,
+        ).loss  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss, z, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.sum().backward()
+
+
+def test_without_a_gradient_none_is_written(device):
+    logits, labels = (t.to(device) for t in draw(6, 4))
+    avg, step = torch.tensor(0.0, device=device), torch.tensor(0, device=device)
+    with Operators() as operators:
+        reweight(logits, labels, LINEAR, avg, moving_avg="lagged", total_steps=1, step=step)
+    assert operators.names == ["mentorch.reweight_step"]
