@@ -3,9 +3,9 @@
     python bench/kernel_resources.py                  # the table, for sm_80, sm_90 and sm_100
     python bench/kernel_resources.py --arch 90 --only cross_entropy
 
-Each kernel is launched by its own launcher on tensors without storage; the launch is caught, compiled
-for the wanted chip, and its machine code is read: registers a thread, shared memory, loads and stores
-of global memory by width, accesses to local memory (spills) and barriers.
+Each kernel is launched by its own launcher on tensors without storage; the launch is caught,
+compiled for the wanted chip, and its machine code is read: registers a thread, shared memory, loads
+and stores of global memory by width, accesses to local memory (spills) and barriers.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mentorch.kernels import cross_entropy, percentile, reweight
+from mentorch.kernels import cross_entropy, fused, percentile, reweight
 from mentorch.kernels.example_dropout import ExampleDropout
 from mentorch.kernels.mentor import ClosedForm, Curriculum, LstmWeights, MentorWeights
 from mentorch.kernels.weigh import Plan
@@ -96,7 +96,11 @@ def _signature(launch: Launch) -> tuple[dict[str, Any], dict[str, Any], dict[Any
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         specialize = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialize and isinstance(value, int) and value == 1):
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (specialize and isinstance(value, int) and value == 1)
+        ):
             types[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         if isinstance(value, tuple):
@@ -249,8 +253,8 @@ def _state(batch: int, curriculum: Curriculum, steps: int) -> tuple[Any, Any]:
     ids = _empty(batch, dtype=torch.int64)
     history = _empty(2_400_001, steps, 2) if steps > 1 else None
     average, step = _empty(), _empty(dtype=torch.int64)
-    state = reweight._State(average, step, history, None, ids, reweight._theta(curriculum))
-    return state, reweight._Numbers(39_000, 0, 0, -100)
+    state = fused.State(average, step, history, None, ids, reweight._theta(curriculum))
+    return state, fused.Numbers(39_000, 0, 0, -100)
 
 
 def _launch_reweight(
@@ -266,10 +270,10 @@ def _launch_reweight(
     plan = Plan.of(curriculum, dropout, steps, lagged=lagged, advance=True, **rest)
     arguments = (*_logits(batch, classes, dtype), *_state(batch, curriculum, steps), plan)
     if lagged:
-        reweight.launch_one_pass(*arguments)
+        fused.launch_one_pass(*arguments)
     else:
         splits = 4 if (batch, classes) == SIZES["long"] else None
-        reweight.launch_step(*arguments, splits=splits)
+        fused.launch_step(*arguments, splits=splits)
 
 
 def _launch_weigh(batch: int, ranks: int) -> None:
@@ -278,7 +282,7 @@ def _launch_weigh(batch: int, ranks: int) -> None:
     plan = Plan.of(curriculum, ExampleDropout(), 1, lagged=False, advance=True, **rest)
     losses, everyone = (_empty(batch), _empty(2, batch)), _empty(ranks * batch)
     labels = _empty(batch, dtype=torch.int64)
-    reweight.launch_weigh(losses, everyone, None, labels, *_state(batch, curriculum, 1), plan)
+    fused.launch_weigh(losses, everyone, None, labels, *_state(batch, curriculum, 1), plan)
 
 
 def resources(arch: int, only: str = "") -> Iterator[Resources]:
@@ -303,13 +307,17 @@ def _row(r: Resources) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--arch", type=int, action="append", help="80, 90 or 100; all by default")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        sys.exit("TRITON_INTERPRET is set: the kernels are interpreted, there is nothing to compile")
+        sys.exit(
+            "TRITON_INTERPRET is set: the kernels are interpreted, there is nothing to compile"
+        )
     if not args.json:
         print(
             f"{'case':<44} {'chip':<7} {'warps':>5} {'registers':>9} {'shared':>7} {'spills':>6} "

@@ -27,7 +27,7 @@ The *floor* is the larger of two times measured in the same run: as many empty l
 needs at least (two; one for the percentile), and its *ideal* bytes (every input byte read once,
 every gradient byte written once) at the bandwidth of a device-to-device copy. A hot row whose data
 fit into the L2 cache can be faster than that bandwidth allows. *traffic*: logits-sized reads and
-writes that the provider's code asks for, whichever cache answers; – where that is not ours to count.
+writes that the provider's code asks for, whichever cache answers; – where it is not ours to count.
 """
 COLUMNS = (
     "provider",

@@ -100,7 +100,9 @@ class Reweight(nn.Module):
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         if history_steps > 1 and num_samples is None:
-            raise ValueError(f"history_steps={history_steps} needs num_samples, the data set's size")
+            raise ValueError(
+                f"history_steps={history_steps} needs num_samples, the data set's size"
+            )
         # A copy: the caller may go on training theirs.
         self.mentor = (
             deepcopy(resolved).requires_grad_(False) if isinstance(resolved, MentorNet) else None
@@ -119,8 +121,8 @@ class Reweight(nn.Module):
         self.group = group
         self.register_buffer("loss_moving_avg", torch.zeros(()))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        kept = num_samples is not None and history_steps > 1
-        self.register_buffer("history", new_history(num_samples, history_steps) if kept else None)
+        kept = num_samples if history_steps > 1 else None
+        self.register_buffer("history", new_history(kept, history_steps) if kept else None)
 
     def curriculum(self) -> Curriculum:
         """The curriculum in force, as the kernels take it."""

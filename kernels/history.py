@@ -1,9 +1,10 @@
 """The last T losses of every sample: what a MentorNet's bi-LSTM looks at (Fig. 1, "loss and loss
 difference over the last few epochs").
 
-A table [N + 1, T, 2] on the device: for each sample its last T visits, oldest first, each a loss and
-its difference from the ℓ_pt of that visit; NaN where there was none. The last row is scratch, where
-rows without a sample go, so that nothing has to be filtered out (which would wait for the device).
+A table [N + 1, T, 2] on the device: for each sample its last T visits, oldest first, each a loss
+and its difference from the ℓ_pt of that visit; NaN where there was none. The last row is scratch,
+where rows without a sample go, so that nothing has to be filtered out (which would wait for the
+device).
 
 A visit moves a sample's row up by one step and appends. The row has to be read anyway, and its 8 T
 bytes lie side by side: 40 bytes a sample for T = 5, whatever N is (2.4 million samples take 98 MB).
@@ -51,7 +52,8 @@ def history_steps_ref(
     rows = _rows(history, sample_ids)
     past = history[rows, 1:].to(loss.dtype).masked_fill((rows == scratch)[:, None, None], torch.nan)
     today = torch.stack([loss, loss_diff], dim=-1).unsqueeze(1)
-    return torch.cat([past, today], dim=1).unbind(-1)
+    losses, diffs = torch.cat([past, today], dim=1).unbind(-1)
+    return losses, diffs
 
 
 def update_history_ref(

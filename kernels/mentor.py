@@ -12,8 +12,8 @@ Closed forms (x is the loss difference ℓ − ℓ_pt, or the loss itself with `
 MentorNet (Fig. 1): bi-LSTM over the last T (loss, difference) pairs, embeddings of label and epoch
 percentage, fc1 tanh, fc2 sigmoid.
 
-On a GPU a program weighs a tile of samples with everything in registers; Θ (a few kilobytes) is read
-once a tile. All dims are free: products go one column at a time, since they are too small for
+On a GPU a program weighs a tile of samples with everything in registers; Θ (a few kilobytes) is
+read once a tile. All dims are free: products go one column at a time, since they are too small for
 matrix units (H is 1 in the released nets) and must keep float32's precision.
 
 Shapes: B batch, M samples of a tile, T history steps, H LSTM units a direction, E embedding size,
@@ -170,7 +170,8 @@ def sample_weight_ref(
     return mentornet_ref(curriculum, loss, loss_diff, labels, epoch_pct).to(loss.dtype)
 
 
-# ---- The same on a tile of samples, in Triton -----------------------------------------------------
+# ---- The same on a tile of samples, in Triton
+# -----------------------------------------------------
 
 
 @triton.jit
@@ -307,7 +308,8 @@ def mentornet(
 ):
     """`mentornet_ref` on a tile of samples."""
     forward_MH = _lstm(
-        loss_M, diff_M, past_ptr_M, known_M, theta[2], theta[3], theta[4], T, H, UNITS, False, OUTPUT
+        loss_M, diff_M, past_ptr_M, known_M, theta[2], theta[3], theta[4], T, H, UNITS, False,
+        OUTPUT,
     )  # fmt: skip
     backward_MH = _lstm(
         loss_M, diff_M, past_ptr_M, known_M, theta[5], theta[6], theta[7], T, H, UNITS, True, OUTPUT

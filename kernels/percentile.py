@@ -9,8 +9,9 @@ as +0.
 
 The kernel maps the floats to integers of the same order and settles the wanted one from its highest
 bits down, two bits a round: each round counts how many keys continue with 0, 1, 2 and 3, all four
-counts in the 16-bit fields of one sum. So a round is one reduction, the batch stays in registers and
-nothing is sorted (a sort of 16,384 losses has about a thousand barriers). One program, 4 B bytes.
+counts in the 16-bit fields of one sum. So a round is one reduction, the batch stays in registers
+and nothing is sorted (a sort of 16,384 losses has about a thousand barriers). One program, 4 B
+bytes.
 
 Shapes: B losses.
 """
@@ -69,7 +70,9 @@ def moving_average_ref(loss_moving_avg: Tensor, percentile: Tensor, decay: float
 def order_key(x):
     """uint32 keys in the order of float32 ``x``; NaN last."""
     bits = (x + 0.0).to(tl.uint32, bitcast=True)
-    key = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)  # negative floats order backwards
+    key = tl.where(
+        bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000
+    )  # negative floats order backwards
     return tl.where(x != x, _ABSENT_KEY, key)
 
 
@@ -144,7 +147,9 @@ def block_order_statistic(
         )
         skipped = tl.where(digit == 1, zeros, 0)
         skipped = tl.where(digit == 2, below_2, skipped)
-        position -= tl.where(digit == 3, below_3, skipped)  # now among those that begin with `found`
+        position -= tl.where(
+            digit == 3, below_3, skipped
+        )  # now among those that begin with `found`
         found = found | (digit << shift)
     bits = tl.where(found >> 31 == 1, found ^ 0x80000000, found ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
@@ -210,9 +215,7 @@ def launch_percentile(
     return q, new_avg
 
 
-_percentile = torch.library.custom_op(
-    "mentorch::percentile", launch_percentile, mutates_args=()
-)
+_percentile = torch.library.custom_op("mentorch::percentile", launch_percentile, mutates_args=())
 
 
 @_percentile.register_fake

@@ -62,9 +62,13 @@ class Plan:
 
     @classmethod
     def of(
-        cls, curriculum: Curriculum, dropout: ExampleDropout | None, steps: int, **rest: float | bool
+        cls,
+        curriculum: Curriculum,
+        dropout: ExampleDropout | None,
+        steps: int,
+        **rest: float | bool,
     ) -> "Plan":
-        """The plan of a curriculum and a dropout; ``rest`` are the fields from the percentile on."""
+        """The plan of a curriculum and a dropout; ``rest``: the fields from the percentile on."""
         fields: dict[str, object] = dict.fromkeys(cls.__dataclass_fields__, 0)
         fields |= {"kind": "mentornet", "lstm_output": "h", "dropout": "none", "steps": steps}
         if isinstance(curriculum, ClosedForm):
@@ -297,7 +301,8 @@ def weigh_batch(
             label_M = tl.load(labels_ptr + row_M, mask=there_M, other=0).to(tl.int64)
             id_M = sample_id(ids_ptr, row_M, there_M, first_row)
             weight_M = curriculum_weight(
-                loss_M, loss_M - base, label_M, id_M, there_M, epoch_pct, theta, history_ptr, N, PLAN
+                loss_M, loss_M - base, label_M, id_M, there_M, epoch_pct, theta, history_ptr, N,
+                PLAN,
             )  # fmt: skip
             if PLAN.dropout == "exact":
                 coin_M = tl.load(coin_ptr + row_M, mask=there_M, other=2.0, cache_modifier=".cg")
@@ -331,12 +336,13 @@ def weigh_batch(
 
 
 @triton.jit(do_not_specialize=["B", "W", "N", "total_steps", "first_row", "seed", "ignore_index"])
-def _weigh_kernel(
+def weigh_kernel(
     loss_ptr, present_ptr, labels_ptr, ids_ptr, all_ids_ptr, weight_ptr, total_ptr, new_avg_ptr,
     count_ptr, coin_ptr, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr, theta, B, W, N, total_steps,
     first_row, seed, ignore_index, PLAN: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """`weigh_batch` as a launch of its own."""
     weigh_batch(
         loss_ptr, present_ptr, labels_ptr, ids_ptr, all_ids_ptr, weight_ptr, total_ptr, new_avg_ptr,
         count_ptr, coin_ptr, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr, theta, B, W, N,

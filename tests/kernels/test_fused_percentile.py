@@ -1,4 +1,4 @@
-"""The percentile kernel: bit-exact against the sorting reference, on a GPU or in the interpreter."""
+"""The percentile kernel, bit-exact against sorting, on a GPU or in Triton's interpreter."""
 
 import math
 

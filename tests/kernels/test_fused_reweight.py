@@ -8,6 +8,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mentorch
+from mentorch.kernels import fused
 from mentorch.kernels import reweight as module
 from mentorch.kernels.example_dropout import ExampleDropout
 from mentorch.kernels.history import new_history
@@ -62,7 +63,9 @@ class Run:
         self.curriculum, self.device, self.upstream = curriculum, device, upstream
         self.options = {"total_steps": 100, "seed": 11, "advance": True, **options}
         self.history = history
-        self.state = [(torch.tensor(1.0, dtype=d), torch.tensor(step)) for d in (None, torch.double)]
+        self.state = [
+            (torch.tensor(1.0, dtype=d), torch.tensor(step)) for d in (None, torch.double)
+        ]
         self.tables = [history.clone(), history.double()] if history is not None else [None] * 2
 
     def step(self, logits, labels, sample_ids=None, atol=1e-5):
@@ -201,9 +204,7 @@ def test_the_same_mask_as_the_reference(step, batch, moving_avg, device):
     labels[0] = 1
     ids = torch.arange(batch) * (2**33 + 1)  # both words of the counter
     for dropout in (COINS, EXACT, ExampleDropout(20, 0.9, 0.05, exact=True)):
-        run = Run(
-            ClosedForm("uniform"), device, step=step, dropout=dropout, moving_avg=moving_avg
-        )
+        run = Run(ClosedForm("uniform"), device, step=step, dropout=dropout, moving_avg=moving_avg)
         found, _ = run.step(logits, labels, ids)
         assert set(found.sample_weight.unique().tolist()) <= {0.0, 1.0}
     tied, _ = Run(ClosedForm("uniform"), device, step=step, dropout=EXACT).step(
@@ -267,8 +268,8 @@ def test_split_rows(name, splits, device):
     )  # fmt: skip
     avg, step = torch.tensor(9.0), torch.tensor(0)
     theta = module._theta(cast(curriculum, device))
-    state = module._State(avg.to(device), step.to(device), None, None, None, theta)
-    found = module.launch_step(z, y, state, module._Numbers(10, 0, 0, -100), plan, splits=splits)
+    state = fused.State(avg.to(device), step.to(device), None, None, None, theta)
+    found = fused.launch_step(z, y, state, fused.Numbers(10, 0, 0, -100), plan, splits=splits)
     expected = reweight_ref(
         logits, labels, curriculum, avg, loss_percentile=0.5, decay=0.9, total_steps=10, step=step
     )
@@ -328,7 +329,7 @@ def test_labels_out_of_range_show_as_nan(device):
         assert z.grad.isnan().any(1).tolist() == [False, False, True, False, False, False]
 
 
-# ---- As torch sees it -----------------------------------------------------------------------------
+# ---- As torch sees it ---------------------------------------------------------------------------
 
 
 class Operators(TorchDispatchMode):
@@ -377,23 +378,23 @@ def arguments(device, curriculum, lagged):
     ids = torch.arange(6, device=device)
     state = (average, step, new_history(50, 3, device), None, ids)
     theta = module._theta(cast(curriculum, device))
-    numbers = module._Numbers(100, 0, 3, -100)
-    plan_values = [getattr(plan, name) for name in module._PLAN_FIELDS]
+    numbers = fused.Numbers(100, 0, 3, -100)
+    plan_values = [getattr(plan, name) for name in fused.PLAN_FIELDS]
     return logits.to(device), labels.to(device), *state, theta, *numbers, *plan_values
 
 
 @pytest.mark.parametrize("curriculum", [LINEAR, mentor()], ids=["linear", "mentor"])
 def test_opcheck(curriculum, device):
-    opcheck(module.reweight_step, arguments(device, curriculum, False))
-    opcheck(module.reweight_one_pass, arguments(device, curriculum, True))
+    opcheck(fused.reweight_step, arguments(device, curriculum, False))
+    opcheck(fused.reweight_one_pass, arguments(device, curriculum, True))
     logits, labels, *rest = arguments(device, curriculum, False)
-    opcheck(module.present_losses, (logits, labels, -100, 0.1))
-    loss, lse, present = module.present_losses(logits, labels, -100, 0.1)
+    opcheck(fused.present_losses, (logits, labels, -100, 0.1))
+    loss, lse, present = fused.present_losses(logits, labels, -100, 0.1)
     everyone, ids = present.repeat(2), torch.arange(12, device=device)
-    opcheck(module.weigh, (loss, lse, everyone, ids, labels, *rest))
+    opcheck(fused.weigh, (loss, lse, everyone, ids, labels, *rest))
     grad, scalar = torch.zeros_like(logits), torch.tensor(2.0, device=device)
     opcheck(
-        module.correct_gradient,
+        fused.correct_gradient,
         (grad, scalar, logits, labels, lse, loss, scalar.clone(), scalar.clone(), -100, 0.1),
     )
 
@@ -424,7 +425,9 @@ def test_compiles_as_one_graph(moving_avg, device):
 def test_the_loss_may_be_scaled_in_place(device):
     logits, labels = draw(6, 4)
     z = logits.to(device).requires_grad_()
-    loss = reweight(z, labels.to(device), LINEAR, torch.zeros((), device=device), total_steps=1).loss
+    loss = reweight(
+        z, labels.to(device), LINEAR, torch.zeros((), device=device), total_steps=1
+    ).loss
     loss /= 4  # gradient accumulation as people write it
     loss.backward()
     assert z.grad.any()
