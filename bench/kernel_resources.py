@@ -70,6 +70,8 @@ class Resources:
     """Global loads by width in bits a thread."""
     stores: dict[str, int] = field(default_factory=dict)
     barriers: int = 0
+    released: bool | None = None
+    """Whether a barrier stands between the rows' stores and the ticket; None without a ticket."""
 
 
 @contextmanager
@@ -124,6 +126,15 @@ def _signature(launch: Launch) -> tuple[dict[str, Any], dict[str, Any], dict[Any
     return types, constants, attributes
 
 
+def _released(sass: str) -> bool | None:
+    """Whether every warp's stores come before the one thread that draws the ticket."""
+    ticket = re.search(r"\bATOMG?\.", sass)
+    if ticket is None:
+        return None
+    stores = [store.end() for store in re.finditer(r"\bSTG\.", sass[: ticket.start()])]
+    return bool(stores) and "BAR." in sass[stores[-1] : ticket.start()]
+
+
 def _tool(name: str, *args: str) -> str:
     return subprocess.run([_TOOLS / name, *args], check=True, capture_output=True, text=True).stdout
 
@@ -163,6 +174,7 @@ def compile_launch(case: str, launch: Launch, arch: int) -> Resources:
         loads=_by_width(sass, "LDG"),
         stores=_by_width(sass, "STG"),
         barriers=len(re.findall(r"\bBAR\.", sass)),
+        released=_released(sass),
     )
 
 
@@ -246,7 +258,10 @@ def _reweight_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                     lag=lagged: _launch_reweight(b, c, DTYPES[d], cur, drop, t, lag),
                 )  # fmt: skip
     for batch, ranks in ((128, 8), (1024, 8)):
-        yield f"weigh mentornet {ranks} × {batch}", lambda b=batch, r=ranks: _launch_weigh(b, r)
+        yield (
+            f"gathered losses, mentornet, {ranks} × {batch}",
+            lambda b=batch, r=ranks: _launch_weigh(b, r),
+        )
 
 
 def _state(batch: int, curriculum: Curriculum, steps: int) -> tuple[Any, Any]:
