@@ -29,12 +29,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mentorch.kernels import cross_entropy, fused, percentile, reweight
+from mentorch.kernels import cross_entropy, fused, percentile, reweight, rows
 from mentorch.kernels.example_dropout import ExampleDropout
 from mentorch.kernels.mentor import ClosedForm, Curriculum, LstmWeights, MentorWeights
 from mentorch.kernels.weigh import Plan
 
 ARCHITECTURES = (80, 90, 100)
+MULTIPROCESSORS = 132  # of the device that the launchers are to plan for: an H100
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {
     torch.float32: "fp32",
@@ -86,7 +87,10 @@ def caught_launches() -> Iterator[list[Launch]]:
         options = {k: v for k, v in kwargs.items() if k not in names}
         launches.append(Launch(self, arguments, options))
 
-    with mock.patch.object(triton.runtime.JITFunction, "run", record):
+    with (
+        mock.patch.object(triton.runtime.JITFunction, "run", record),
+        mock.patch.object(rows, "multiprocessors", return_value=MULTIPROCESSORS),
+    ):
         yield launches
 
 
@@ -192,6 +196,7 @@ SIZES = {  # the size classes: (B, C)
     "ragged": (128, 1001),  # the same with rows at odd offsets
     "large batch": (4096, 1000),  # 8 warps
     "chunks": (1024, 21841),  # a row in chunks, at odd offsets
+    "wide row": (128, 21841),  # as many rows as multiprocessors: each fits on one
     "long": (64, 100_000),  # split rows
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -202,13 +207,10 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for size, (batch, classes) in SIZES.items():
         for name, dtype in DTYPES.items():
             logits, labels = _logits(batch, classes, dtype)
-            splits = 4 if size == "long" else None
             row = _empty(batch)
             yield (
                 f"cross_entropy {size} {name}",
-                lambda z=logits, y=labels, s=splits: cross_entropy.launch_forward(
-                    z, y, -100, 0.0, splits=s
-                ),
+                lambda z=logits, y=labels: cross_entropy.launch_forward(z, y, -100, 0.0),
             )
             yield (
                 f"cross_entropy gradient {size} {name}",
@@ -238,24 +240,27 @@ def _reweight_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     linear = ClosedForm("linear")
     coins, exact = ExampleDropout(20, 0.5, 0.1), ExampleDropout(20, 0.5, 0.1, exact=True)
     released, wide = _mentor(1, 20), _mentor(16, 64)
-    variants: list[tuple[str, Curriculum, ExampleDropout, int, bool]] = [
-        ("linear", linear, coins, 1, False),
-        ("linear, exact dropout", linear, exact, 1, False),
-        ("mentornet", released, coins, 1, False),
-        ("mentornet T=5", released, coins, 5, False),
-        ("mentornet H=16 F=64", wide, coins, 1, False),
-        ("linear, one pass", linear, coins, 1, True),
-        ("mentornet, one pass", released, coins, 1, True),
+    variants: list[tuple[str, Curriculum, ExampleDropout, int, str]] = [
+        ("linear", linear, coins, 1, "two launches"),
+        ("linear, exact dropout", linear, exact, 1, "two launches"),
+        ("mentornet", released, coins, 1, "two launches"),
+        ("mentornet T=5", released, coins, 5, "two launches"),
+        ("mentornet H=16 F=64", wide, coins, 1, "two launches"),
+        ("linear, row by row", linear, coins, 1, "row by row"),
+        ("mentornet, row by row", released, coins, 1, "row by row"),
+        ("linear, on the chip", linear, coins, 1, "on the chip"),
+        ("mentornet, on the chip", released, coins, 1, "on the chip"),
     ]
     for size, (batch, classes) in SIZES.items():
-        for name, curriculum, dropout, steps, lagged in variants:
-            if size not in ("one line", "chunks", "large batch") and name != "mentornet":
+        for name, curriculum, dropout, steps, form in variants:
+            every = size in ("one line", "chunks", "large batch", "wide row")
+            if not every and name != "mentornet":
                 continue
             for dtype in ("bf16", "fp32"):
                 yield (
                     f"reweight {name}, {size} {dtype}",
                     lambda b=batch, c=classes, d=dtype, cur=curriculum, drop=dropout, t=steps,
-                    lag=lagged: _launch_reweight(b, c, DTYPES[d], cur, drop, t, lag),
+                    f=form: _launch_reweight(b, c, DTYPES[d], cur, drop, t, f),
                 )  # fmt: skip
     for batch, ranks in ((128, 8), (1024, 8)):
         yield (
@@ -279,16 +284,16 @@ def _launch_reweight(
     curriculum: Curriculum,
     dropout: ExampleDropout,
     steps: int,
-    lagged: bool,
+    form: str,
 ) -> None:
     rest = {"loss_percentile": 0.75, "decay": 0.95, "label_smoothing": 0.0}
+    lagged = form == "row by row"
     plan = Plan.of(curriculum, dropout, steps, lagged=lagged, advance=True, **rest)
     arguments = (*_logits(batch, classes, dtype), *_state(batch, curriculum, steps), plan)
-    if lagged:
-        fused.launch_one_pass(*arguments)
+    if form == "two launches":
+        fused.launch_step(*arguments)
     else:
-        splits = 4 if (batch, classes) == SIZES["long"] else None
-        fused.launch_step(*arguments, splits=splits)
+        fused.launch_one_pass(*arguments)
 
 
 def _launch_weigh(batch: int, ranks: int) -> None:

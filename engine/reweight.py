@@ -54,6 +54,7 @@ class Reweight(nn.Module):
         group: process group whose ranks' batches form one, e.g. ``dist.group.WORLD``: percentile
             and mean are then over the global batch. None (which ``WORLD`` is before
             ``init_process_group``): each rank for itself.
+        one_launch: see `mentorch.kernels.reweight.reweight`.
 
     Raises:
         ValueError: an unknown curriculum or a parameter out of range.
@@ -85,6 +86,7 @@ class Reweight(nn.Module):
         seed: int = 0,
         ignore_index: int = -100,
         group: dist.ProcessGroup | None = None,
+        one_launch: bool = False,
     ) -> None:
         super().__init__()
         resolved = resolve_curriculum(curriculum)
@@ -119,6 +121,7 @@ class Reweight(nn.Module):
         self.seed = seed
         self.ignore_index = ignore_index
         self.group = group
+        self.one_launch = one_launch
         self.register_buffer("loss_moving_avg", torch.zeros(()))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         kept = num_samples if history_steps > 1 else None
@@ -163,6 +166,7 @@ class Reweight(nn.Module):
             ignore_index=self.ignore_index,
             group=self.group,
             advance=True,
+            one_launch=self.one_launch,
         )
 
     def forward(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Tensor:

@@ -86,7 +86,7 @@ class _Tickets:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.pool = torch.zeros(_SLOTS, 2, dtype=torch.int32, device=device)
+        self.pool = torch.zeros(_SLOTS, 4, dtype=torch.int32, device=device)
         self.of_stream: dict[int, Tensor] = {}
         self.free = iter(range(_SLOTS))  # next() is atomic: two threads never get the same slot
 
@@ -99,7 +99,7 @@ class _Tickets:
             return self.of_stream[stream]
         slot = next(self.free, None)
         if slot is None:  # correct, at the price of one more small launch
-            return torch.zeros(2, dtype=torch.int32, device=device)
+            return torch.zeros(4, dtype=torch.int32, device=device)
         counter = self.pool[slot]
         if not capturing:
             self.of_stream[stream] = counter
@@ -110,9 +110,9 @@ _tickets: dict[torch.device, _Tickets] = {}
 
 
 def tickets(device: torch.device) -> Tensor:
-    """[2] int32 zeros on the device for one launch (see `_Tickets`)."""
+    """[4] int32 zeros on the device for one launch (see `_Tickets`)."""
     if device not in _tickets:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return torch.zeros(2, dtype=torch.int32, device=device)  # zeroed inside the graph
+            return torch.zeros(4, dtype=torch.int32, device=device)  # zeroed inside the graph
         _tickets[device] = _Tickets(device)
     return _tickets[device].take(device)

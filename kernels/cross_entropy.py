@@ -94,6 +94,61 @@ def _cross_entropy_fwd_kernel(
 
 
 @triton.jit
+def scales_of_rows(
+    labels_ptr, row_scale_ptr, row_scale_stride, scale, row_L, B, ignore_index, C: tl.constexpr
+):  # fmt: skip
+    """(label, what multiplies the row's gradient), each [L]: 0 where ignored, NaN for a label out
+    of range."""
+    there_L = row_L < B
+    label_L = tl.load(labels_ptr + row_L, mask=there_L, other=0).to(tl.int64)
+    scale_L = tl.load(
+        row_scale_ptr + row_L * row_scale_stride, mask=there_L, other=0.0, cache_modifier=".cg"
+    )
+    scale_L = scale_L.to(tl.float32) * scale
+    scale_L = tl.where((label_L < 0) | (label_L >= C), float("nan"), scale_L)
+    return label_L, tl.where(label_L == ignore_index, 0.0, scale_L)
+
+
+@triton.jit
+def store_gradient(
+    grad_ptr,  # [B, C] contiguous
+    z_LV,
+    at_LV,
+    mine_LV,
+    row_L,
+    skip_L,
+    begin_L,  # offset of the lane's line
+    label_L,
+    scale_L,
+    lse_ptr,
+    B,
+    smoothing,
+    C: tl.constexpr,
+    V: tl.constexpr,
+    SMOOTH: tl.constexpr,
+):
+    """Writes scale · (softmax(z) − target) for one line a lane, as `load_lines` gave it."""
+    there_L = row_L < B
+    top_L = tl.load(lse_ptr + row_L, mask=there_L, other=0.0)
+    log_L = tl.load(lse_ptr + B + row_L, mask=there_L, other=0.0)
+    p_LV = tl.exp((z_LV - top_L[:, None]) - log_L[:, None])
+    target_LV = (at_LV == (label_L + skip_L)[:, None]).to(tl.float32)
+    if SMOOTH:
+        target_LV = (1.0 - smoothing) * target_LV + smoothing / C
+    # 0 · NaN must be 0: a row that weighs nothing leaves no trace.
+    grad_LV = tl.where(scale_L[:, None] == 0.0, 0.0, scale_L[:, None] * (p_LV - target_LV))
+    grad_LV = grad_LV.to(grad_ptr.dtype.element_ty)
+    to_LV = grad_ptr + ((row_L * C // V) * V)[:, None] + at_LV
+    if C % V == 0:
+        tl.store(to_LV, grad_LV, mask=there_L[:, None] & (at_LV < C))
+    else:
+        # Lines wholly inside the row go out 16 bytes a thread, the rest by element.
+        whole_L = there_L & (begin_L >= skip_L) & (begin_L + V <= skip_L + C)
+        tl.store(to_LV, grad_LV, mask=whole_L[:, None] & (at_LV >= 0))
+        tl.store(to_LV, grad_LV, mask=(there_L & ~whole_L)[:, None] & mine_LV)
+
+
+@triton.jit
 def gradient_of_rows(
     logits_ptr,
     labels_ptr,
@@ -117,38 +172,19 @@ def gradient_of_rows(
 ):
     """scale · row_scale_i · (softmax(z_i) − target_i) of some rows or parts of rows."""
     row_L, lane_L, line_L, skip_L = lanes_of_rows(first_row, C, STRIDE, ROWS, LANES, V)
-    there_L = row_L < B
-    label_L = tl.load(labels_ptr + row_L, mask=there_L, other=0).to(tl.int64)
-    top_L = tl.load(lse_ptr + row_L, mask=there_L, other=0.0)
-    log_L = tl.load(lse_ptr + B + row_L, mask=there_L, other=0.0)
-    scale_L = tl.load(row_scale_ptr + row_L * row_scale_stride, mask=there_L, other=0.0)
-    scale_L = scale_L.to(tl.float32) * scale
-    scale_L = tl.where((label_L < 0) | (label_L >= C), float("nan"), scale_L)  # as its loss
-    scale_L = tl.where(label_L == ignore_index, 0.0, scale_L)
-    grad_line_L = (row_L * C // V) * V
+    label_L, scale_L = scales_of_rows(
+        labels_ptr, row_scale_ptr, row_scale_stride, scale, row_L, B, ignore_index, C
+    )
     read_L = tl.where(scale_L == 0.0, B, row_L)  # rows of weight 0 are written, not read
     for chunk in range(CHUNKS):
         first = (split * CHUNKS + chunk) * (LANES * V)
         z_LV, at_LV, mine_LV = load_lines(
             logits_ptr, read_L, lane_L, line_L, skip_L, B, first, C, V
         )  # fmt: skip
-        p_LV = tl.exp((z_LV - top_L[:, None]) - log_L[:, None])
-        target_LV = (at_LV == (label_L + skip_L)[:, None]).to(tl.float32)
-        if SMOOTH:
-            target_LV = (1.0 - smoothing) * target_LV + smoothing / C
-        # 0 · NaN must be 0: a row that weighs nothing leaves no trace.
-        grad_LV = tl.where(scale_L[:, None] == 0.0, 0.0, scale_L[:, None] * (p_LV - target_LV)).to(
-            grad_ptr.dtype.element_ty
-        )
-        to_LV = grad_ptr + grad_line_L[:, None] + at_LV
-        if C % V == 0:
-            tl.store(to_LV, grad_LV, mask=there_L[:, None] & (at_LV < C))
-        else:
-            # Lines wholly inside the row go out 16 bytes a thread, the rest by element.
-            begin_L = first + lane_L * V
-            whole_L = there_L & (begin_L >= skip_L) & (begin_L + V <= skip_L + C)
-            tl.store(to_LV, grad_LV, mask=whole_L[:, None] & (at_LV >= 0))
-            tl.store(to_LV, grad_LV, mask=(there_L & ~whole_L)[:, None] & mine_LV)
+        store_gradient(
+            grad_ptr, z_LV, at_LV, mine_LV, row_L, skip_L, first + lane_L * V, label_L, scale_L,
+            lse_ptr, B, smoothing, C, V, SMOOTH,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["B", "ignore_index"])

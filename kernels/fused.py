@@ -1,7 +1,8 @@
 """The kernels of the fused step (`reweight`), their launchers, and their names in torch.
 
 ``mentorch::reweight_step``       losses, weights and ℓ_pt in one launch; the gradient is another
-``mentorch::reweight_one_pass``   lagged ℓ_pt: the same and the gradient in one launch
+``mentorch::reweight_one_pass``   the same and the gradient in one launch: row by row for a lagged
+                                  ℓ_pt, else with the whole batch kept on the chip
 ``mentorch::correct_gradient``    its gradient for another upstream gradient than 1: as a rule
 nothing ``mentorch::present_losses``, ``mentorch::weigh``   the step of several ranks, which
 exchange their
@@ -18,16 +19,29 @@ import torch
 from torch import Tensor
 
 from mentorch.kernels.backend import tickets, tl, triton, vector_width
-from mentorch.kernels.cross_entropy import gradient_of_rows, launch_backward, launch_forward
+from mentorch.kernels.cross_entropy import (
+    gradient_of_rows,
+    launch_backward,
+    launch_forward,
+    scales_of_rows,
+    store_gradient,
+)
 from mentorch.kernels.example_dropout import coins
 from mentorch.kernels.rows import (
+    RowTile,
     finish_splits,
     is_last_program,
+    lanes_of_rows,
+    load_lines,
     losses_of_program,
     partials,
+    resident_tile,
     row_buffers,
     row_tile,
+    store_losses,
+    tile_statistics,
     unit_stride,
+    wait_for_last_program,
 )
 from mentorch.kernels.weigh import (
     Plan,
@@ -77,8 +91,8 @@ def _reweight_fwd_kernel(
 @triton.jit(do_not_specialize=_RUNTIME)
 def _reweight_one_pass_kernel(
     logits_ptr, labels_ptr, ids_ptr, loss_ptr, lse_ptr, present_ptr, weight_ptr, grad_ptr,
-    written_ptr, total_ptr, new_avg_ptr, count_ptr, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr,
-    theta, ticket_ptr, B, N, total_steps, first_row, seed, ignore_index,
+    written_ptr, total_ptr, new_avg_ptr, count_ptr, coin_ptr, avg_ptr, step_ptr, epoch_pct_ptr,
+    history_ptr, theta, ticket_ptr, B, N, total_steps, first_row, seed, ignore_index,
     PLAN: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
     LANES: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr,
     M: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
@@ -120,10 +134,55 @@ def _reweight_one_pass_kernel(
         tl.store(written_ptr, scale)
         weigh_batch(
             loss_ptr, present_ptr, labels_ptr, ids_ptr, ids_ptr, weight_ptr, total_ptr,
-            new_avg_ptr, count_ptr, None, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr,
+            new_avg_ptr, count_ptr, coin_ptr, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr,
             theta, B, B, N, total_steps, first_row, seed, ignore_index, PLAN, M, BLOCK,
             ONE_BLOCK, True,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def _reweight_resident_kernel(
+    logits_ptr, labels_ptr, ids_ptr, loss_ptr, lse_ptr, present_ptr, weight_ptr, grad_ptr,
+    written_ptr, total_ptr, new_avg_ptr, count_ptr, coin_ptr, avg_ptr, step_ptr, epoch_pct_ptr,
+    history_ptr, theta, ticket_ptr, B, N, total_steps, first_row, seed, ignore_index,
+    PLAN: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr,
+    M: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The whole step with the logits kept in registers: read once, gradient written once.
+
+    Cooperative: all programs run at once, and wait while the last one weighs the batch.
+    """
+    SMOOTHING: tl.constexpr = PLAN.label_smoothing
+    SMOOTH: tl.constexpr = PLAN.smooths
+    first_row_of_program = tl.program_id(0).to(tl.int64) * ROWS
+    row_L, lane_L, line_L, skip_L = lanes_of_rows(first_row_of_program, C, STRIDE, ROWS, LANES, V)
+    z_LV, at_LV, mine_LV = load_lines(logits_ptr, row_L, lane_L, line_L, skip_L, B, 0, C, V)
+    top_R, total_R, mean_R = tile_statistics(z_LV, mine_LV, C, ROWS, LANES, SMOOTH)
+    store_losses(
+        logits_ptr, labels_ptr, loss_ptr, lse_ptr, present_ptr,
+        first_row_of_program + tl.arange(0, ROWS), B, top_R, total_R, mean_R, ignore_index,
+        SMOOTHING, C, STRIDE, SMOOTH,
+    )  # fmt: skip
+    last = is_last_program(ticket_ptr)
+    if last:
+        weigh_batch(
+            loss_ptr, present_ptr, labels_ptr, ids_ptr, ids_ptr, weight_ptr, total_ptr,
+            new_avg_ptr, count_ptr, coin_ptr, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr,
+            theta, B, B, N, total_steps, first_row, seed, ignore_index, PLAN, M, BLOCK,
+            ONE_BLOCK, False,
+        )  # fmt: skip
+    wait_for_last_program(ticket_ptr, last)
+    scale = 1.0 / tl.load(count_ptr, cache_modifier=".cg")
+    if last:
+        tl.store(written_ptr, scale)
+    label_L, scale_L = scales_of_rows(
+        labels_ptr, weight_ptr, 1, scale, row_L, B, ignore_index, C
+    )  # fmt: skip
+    store_gradient(
+        grad_ptr, z_LV, at_LV, mine_LV, row_L, skip_L, lane_L * V, label_L, scale_L, lse_ptr, B,
+        SMOOTHING, C, V, SMOOTH,
+    )  # fmt: skip
 
 
 # ---- Launchers ----------------------------------------------------------------------------------
@@ -225,18 +284,39 @@ def launch_step(
     return out
 
 
+def one_launch_tile(logits: Tensor, plan: Plan) -> RowTile | None:
+    """The tile of the form with forward and gradient in one launch, or None if there is none.
+
+    A lagged average has it at any size (but for the exact dropout, whose count is over the batch);
+    otherwise the logits must fit on the chip, and a GPU must launch cooperative grids.
+    """
+    same_remainder = (logits.stride(0) - logits.shape[1]) % vector_width(logits) == 0
+    vector = vector_width(logits) if same_remainder else 1
+    if plan.lagged and plan.dropout != "exact":
+        return row_tile(logits, splits=1, vector=vector)
+    return resident_tile(logits, vector)
+
+
 def launch_one_pass(
     logits: Tensor, labels: Tensor, state: State, numbers: Numbers, plan: Plan
 ) -> tuple[Outcome, Tensor, Tensor]:
-    """The one launch of the lagged form: (outcome, gradient, scale at which it was written)."""
+    """Forward and gradient in one launch: (outcome, gradient, scale at which it was written).
+
+    Two launches where the batch does not fit on the chip.
+    """
     logits, labels = unit_stride(logits), labels.contiguous()
     batch, classes = logits.shape
-    vector = vector_width(logits)
-    same_remainder = (logits.stride(0) - classes) % vector == 0
-    tile = row_tile(logits, splits=1, vector=vector if same_remainder else 1)
+    tile = one_launch_tile(logits, plan)
+    if tile is None:
+        out = launch_step(logits, labels, state, numbers, plan)
+        settings = numbers.ignore_index, plan.label_smoothing
+        grad = launch_backward(logits, labels, out.lse, out.weight, None, out.divisor, *settings)
+        return out, grad, out.divisor.reciprocal()
+    by_row = plan.lagged and plan.dropout != "exact"
+    kernel = _reweight_one_pass_kernel if by_row else _reweight_resident_kernel
     out = _outcome(logits, state.loss_moving_avg)
     grad, written = logits.new_empty(batch, classes), _float32(logits)
-    _reweight_one_pass_kernel[tile.grid(batch)](
+    kernel[tile.grid(batch)](
         logits,
         labels,
         state.sample_ids,
@@ -249,14 +329,16 @@ def launch_one_pass(
         out.total,
         out.new_avg,
         out.divisor,
+        _float32(logits, batch) if plan.dropout == "exact" else None,
         *state.pointers(),
         tickets(logits.device),
         batch,
         state.samples,
         *numbers,
         PLAN=plan,
-        **batch_tile(plan, batch, batch, tile.warps),
+        **batch_tile(plan, batch, batch, tile.warps if by_row else min(tile.warps // 2, 4)),
         **tile.constants(logits),
+        launch_cooperative_grid=not by_row,
     )
     return out, grad, written
 

@@ -145,6 +145,7 @@ def reweight_ref(
     ignore_index: int = -100,
     group: dist.ProcessGroup | None = None,
     advance: bool = False,
+    one_launch: bool = False,
 ) -> Reweighted:
     """The definition, in plain PyTorch; arguments as `reweight`."""
     _check(
@@ -257,6 +258,7 @@ def reweight(
     ignore_index: int = -100,
     group: dist.ProcessGroup | None = None,
     advance: bool = False,
+    one_launch: bool = False,
 ) -> Reweighted:
     """Weights every sample of a batch by a curriculum and takes the weighted loss, as above.
 
@@ -290,6 +292,9 @@ def reweight(
             scaled so that *averaging* gradients over the ranks (what DDP does) gives the gradient
             of the global L. Each rank must bring the same number of rows. None: this batch alone.
         advance: write ℓ_pt into ``loss_moving_avg`` and add 1 to ``step`` (a tensor then).
+        one_launch: on one GPU, keep the logits on the chip between loss and gradient where they
+            fit: a single cooperative launch. The results are the same. Not the default: where it
+            wins has not been measured yet.
 
     Returns:
         `Reweighted`. A batch with no valid row has loss 0 and leaves ℓ_pt as it was.
@@ -302,7 +307,8 @@ def reweight(
         return reweight_ref(
             logits, labels, curriculum, loss_moving_avg, epoch_pct, moving_avg=moving_avg,
             dropout=dropout, seed=seed, step=step, total_steps=total_steps, sample_ids=sample_ids,
-            history=history, ignore_index=ignore_index, group=group, advance=advance, **rest,
+            history=history, ignore_index=ignore_index, group=group, advance=advance,
+            one_launch=one_launch, **rest,
         )  # fmt: skip
     _check(
         logits, labels, curriculum, epoch_pct, total_steps, sample_ids, history, moving_avg,
@@ -315,8 +321,7 @@ def reweight(
     if not isinstance(step, Tensor):
         step = torch.full((), step, dtype=torch.int64, device=logits.device)
     one_pass = (
-        lagged
-        and plan.dropout != "exact"  # its count is over the whole batch
+        (one_launch or (lagged and plan.dropout != "exact"))  # its count is over the whole batch
         and _ranks(group) == 1
         and logits.requires_grad
         and torch.is_grad_enabled()

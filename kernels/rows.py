@@ -81,6 +81,20 @@ def _add_lines(top_L, total_L, z_LV):
 
 
 @triton.jit
+def tile_statistics(
+    z_LV, mine_LV, C: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, MEAN: tl.constexpr
+):  # fmt: skip
+    """`row_statistics` of whole rows that have been loaded."""
+    top_L = tl.full([ROWS * LANES], float("-inf"), tl.float32)
+    total_L = tl.zeros([ROWS * LANES], tl.float32)
+    top_L, total_L = _add_lines(top_L, total_L, z_LV)
+    mean_L = tl.zeros([ROWS * LANES], tl.float32)
+    if MEAN:
+        mean_L = tl.sum(tl.where(mine_LV, z_LV * (1.0 / C), 0.0), axis=1)
+    return join_lanes(top_L, total_L, mean_L, ROWS, LANES)
+
+
+@triton.jit
 def row_statistics(
     logits_ptr, first_row, B, split, C: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
     LANES: tl.constexpr, V: tl.constexpr, CHUNKS: tl.constexpr, MEAN: tl.constexpr,
@@ -180,6 +194,23 @@ def is_last_program(ticket_ptr):
 
 
 @triton.jit
+def wait_for_last_program(ticket_ptr, last):
+    """A barrier over the grid, all of whose programs run at once: none goes on before the last one
+    has come through here. The counters are back at zero when the grid ends."""
+    tl.debug_barrier()
+    if last:
+        tl.atomic_xchg(ticket_ptr + 1, 1, sem="release")
+    else:
+        released = tl.atomic_add(ticket_ptr + 1, 0, sem="acquire")
+        while released == 0:
+            released = tl.atomic_add(ticket_ptr + 1, 0, sem="acquire")
+    tl.debug_barrier()  # what was released to one thread is there for all
+    if tl.atomic_add(ticket_ptr + 2, 1, sem="relaxed") == tl.num_programs(0) - 1:
+        tl.store(ticket_ptr + 1, 0)
+        tl.store(ticket_ptr + 2, 0)
+
+
+@triton.jit
 def losses_of_program(
     logits_ptr,
     labels_ptr,
@@ -213,17 +244,18 @@ def losses_of_program(
         if SMOOTH:
             tl.store(at_R + 2 * SPLITS * B, mean_R, mask=row_R < B)
     else:
-        _store_losses(
+        store_losses(
             logits_ptr, labels_ptr, loss_ptr, lse_ptr, present_ptr, row_R, B, top_R, total_R,
             mean_R, ignore_index, smoothing, C, STRIDE, SMOOTH,
         )  # fmt: skip
 
 
 @triton.jit
-def _store_losses(
+def store_losses(
     logits_ptr, labels_ptr, loss_ptr, lse_ptr, present_ptr, row_R, B, top_R, total_R, mean_R,
     ignore_index, smoothing, C: tl.constexpr, STRIDE: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
+    """Losses and lse of rows whose statistics are complete."""
     log_R = tl.log(total_R)
     loss_R, label_R = loss_of_rows(
         logits_ptr, labels_ptr, row_R, B, top_R, log_R, mean_R, ignore_index, smoothing, C, STRIDE,
@@ -247,7 +279,7 @@ def finish_splits(
     for start in range(0, B, 128):
         row_R = start + tl.arange(0, 128).to(tl.int64)
         top_R, total_R, mean_R = _combine_splits(partial_ptr, row_R, B, SPLITS, SMOOTH)
-        _store_losses(
+        store_losses(
             logits_ptr, labels_ptr, loss_ptr, lse_ptr, present_ptr, row_R, B, top_R, total_R,
             mean_R, ignore_index, smoothing, C, STRIDE, SMOOTH,
         )  # fmt: skip
@@ -317,6 +349,24 @@ def row_buffers(logits: Tensor) -> tuple[Tensor, Tensor]:
         logits.new_empty(batch, dtype=torch.float32),
         logits.new_empty(2, batch, dtype=torch.float32),
     )
+
+
+def resident_tile(logits: Tensor, vector: int) -> RowTile | None:
+    """A tile of whole rows a program, with all programs on the device at once; None if they do not
+    fit.
+
+    A thread keeps up to 64 logits of one row, or 32 of several, in registers (more would spill, as
+    the compiler says); each multiprocessor takes one program.
+    """
+    batch, classes = logits.shape
+    ragged = logits.stride(0) % vector != 0 or classes % vector != 0
+    lanes = next_power_of_2(-(-(classes + (vector - 1 if ragged else 0)) // vector))
+    rows = next_power_of_2(-(-batch // multiprocessors(logits.device)))
+    elements = rows * lanes * vector
+    warps = min(max(next_power_of_2(elements // (32 * 32)), 4), 16)
+    if elements > (64 if rows == 1 else 32) * 32 * warps and not INTERPRETED:
+        return None
+    return RowTile(rows, lanes, vector, 1, 1, warps)
 
 
 def partials(logits: Tensor, tile: RowTile) -> Tensor | None:

@@ -1,5 +1,5 @@
 """Every kernel compiles for the chips we name: no spills, and no narrow access where a wide one is
-possible. No GPU is needed; the interpreter cannot do it, so the tool runs in a process of its own."""
+possible. No GPU is needed. Interpreted kernels do not compile: the tool runs in its own process."""
 
 import json
 import os

@@ -130,7 +130,7 @@ def test_grid(batch, classes, dtype, device):
         logits[3] = math.nan  # an ignored row leaves no trace
     run = Run(
         curriculum, device, dropout=[COINS, EXACT, None][turn // 3 % 3],
-        moving_avg="lagged" if turn % 2 else "updated",
+        moving_avg="lagged" if turn % 2 else "updated", one_launch=turn % 4 < 2,
         label_smoothing=0.1 if turn % 5 == 0 else 0.0,
     )  # fmt: skip
     run.step(logits, labels)
@@ -218,23 +218,29 @@ def test_the_same_mask_as_the_reference(step, batch, moving_avg, device):
     assert kept[:count].all()  # of equal coins the first rows
 
 
+FORMS = {  # of the step: how the gradient comes to be
+    "two launches": {},
+    "row by row": {"moving_avg": "lagged"},
+    "on the chip": {"one_launch": True},
+}
+
+
 @pytest.mark.parametrize("upstream", [1.0, 1024.0, 0.0, -0.5])
 @pytest.mark.parametrize("ignored", [0, 1, 5])
-@pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
-def test_upstream_gradients_and_ignored_rows(moving_avg, ignored, upstream, device):
-    """The one-pass gradient is right also where it was written at another scale than is wanted."""
+@pytest.mark.parametrize("form", FORMS)
+def test_upstream_gradients_and_ignored_rows(form, ignored, upstream, device):
+    """A gradient is right also where it was written at another scale than is wanted."""
     logits, labels = draw(5, 17)
     labels[:ignored] = -100
-    run = Run(LINEAR, device, moving_avg=moving_avg, upstream=upstream)
-    run.step(logits, labels)
+    Run(LINEAR, device, upstream=upstream, **FORMS[form]).step(logits, labels)
 
 
-@pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
-def test_backward_twice_over_one_graph(moving_avg, device):
+@pytest.mark.parametrize("form", FORMS)
+def test_backward_twice_over_one_graph(form, device):
     logits, labels = draw(6, 9)
     z = logits.to(device).requires_grad_()
     avg = torch.tensor(0.5, device=device)
-    out = reweight(z, labels.to(device), LINEAR, avg, total_steps=1, moving_avg=moving_avg)
+    out = reweight(z, labels.to(device), LINEAR, avg, total_steps=1, **FORMS[form])
     first = torch.autograd.grad(out.loss * 3, z, retain_graph=True)[0].clone()
     second = torch.autograd.grad(out.loss, z, retain_graph=True)[0].clone()
     third = torch.autograd.grad(out.loss * 3, z)[0]
@@ -278,9 +284,14 @@ def test_split_rows(name, splits, device):
     torch.testing.assert_close(found.new_avg.cpu(), expected.loss_moving_avg)
 
 
-@pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
+def test_a_batch_too_large_for_the_chip_takes_two_launches(device, monkeypatch):
+    monkeypatch.setattr(fused, "resident_tile", lambda *_: None)
+    Run(LINEAR, device, one_launch=True).step(*draw(6, 9))
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", ["wide", "odd", "transposed", "inside a line"])
-def test_layouts(layout, moving_avg, device):
+def test_layouts(layout, form, device):
     logits, labels = draw(6, 1003, torch.bfloat16)
     logits = {
         "wide": lambda z: torch.cat([z, z], 1)[:, :1000],
@@ -292,7 +303,7 @@ def test_layouts(layout, moving_avg, device):
     found, expected = (
         function(
             logits.detach().requires_grad_(), labels.to(device), LINEAR,
-            torch.tensor(5.0, device=device), total_steps=1, moving_avg=moving_avg,
+            torch.tensor(5.0, device=device), total_steps=1, **FORMS[form],
         )
         for function in (reweight, reweight_ref)
     )  # fmt: skip
@@ -349,16 +360,17 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("moving_avg", "expected"),
+    ("form", "expected"),
     [
-        ("updated", ["mentorch.reweight_step", "mentorch.cross_entropy_gradient"]),
-        ("lagged", ["mentorch.reweight_one_pass", "mentorch.correct_gradient"]),
+        ("two launches", ["mentorch.reweight_step", "mentorch.cross_entropy_gradient"]),
+        ("row by row", ["mentorch.reweight_one_pass", "mentorch.correct_gradient"]),
+        ("on the chip", ["mentorch.reweight_one_pass", "mentorch.correct_gradient"]),
     ],
 )
 @pytest.mark.parametrize("curriculum", ["linear", "pd"])
-def test_a_step_of_the_module_is_two_operators(curriculum, moving_avg, expected, device):
+def test_a_step_of_the_module_is_two_operators(curriculum, form, expected, device):
     """State, progress, dropout and row numbers included; each operator is one launch."""
-    criterion = mentorch.Reweight(curriculum, total_steps=10, moving_avg=moving_avg).to(device)
+    criterion = mentorch.Reweight(curriculum, total_steps=10, **FORMS[form]).to(device)
     logits, labels = draw(8, 5)
     logits, labels = logits.to(device).requires_grad_(), labels.to(device)
     with Operators() as operators:
@@ -399,9 +411,9 @@ def test_opcheck(curriculum, device):
     )
 
 
-@pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
-def test_compiles_as_one_graph(moving_avg, device):
-    options = {"history_steps": 3, "num_samples": 50, "moving_avg": moving_avg}
+@pytest.mark.parametrize("form", FORMS)
+def test_compiles_as_one_graph(form, device):
+    options = {"history_steps": 3, "num_samples": 50, **FORMS[form]}
     eager, compiled = (
         mentorch.Reweight("pd", total_steps=10, **options).to(device) for _ in range(2)
     )
