@@ -3,7 +3,7 @@
 Every provider does the same work (the equations in `mentorch.kernels.reweight`): losses, their
 exact 75th percentile, its moving average, weights by the linear curriculum or the shipped MentorNet
 `pd`, weighted mean, gradient in the logits. `mentorch-lagged` alone takes the average before this
-batch.
+batch; `mentorch-chip` keeps the logits on the chip (``one_launch=True``).
 
     mentorch      `mentorch.Reweight`
     eager         `reweight_ref`, the definition
@@ -116,6 +116,7 @@ def setup(row: Row, given: Inputs) -> Call:
             decay=DECAY,
             moving_avg="lagged" if row.provider == "mentorch-lagged" else "updated",
             burn_in=0.0,
+            one_launch=row.provider == "mentorch-chip",
         ).to(device)
         average = criterion.loss_moving_avg.copy_(average)
         criterion.step.copy_(step)

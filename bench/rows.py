@@ -26,6 +26,7 @@ PROVIDERS = {
     "reweight": (
         "mentorch",
         "mentorch-lagged",
+        "mentorch-chip",
         "eager",
         "eager-lean",
         "compile",
@@ -39,11 +40,13 @@ PROVIDERS = {
 # Logits-sized reads and writes that a provider's own code asks for, forward and backward together,
 # whichever cache answers. Not listed: what PyTorch and its compiler do is not ours to count.
 #   mentorch: two reads, one write. Rows of weight 0 are read once only.
+#   mentorch-chip (not listed either): one read and one write, where the batch fits.
 #   liger 0.8.5: forward two reads, one write (over the logits); backward one read, one write.
 #   quack: forward one read; backward one read, one write.
 PASSES = {"mentorch": 3, "mentorch-lagged": 3, "liger": 5, "quack": 3}
 
 MOST_LOGITS_BYTES = 2 * 2**30
+MOST_ON_CHIP = 2**22  # logits that `mentorch-chip` is tried with: 32 a thread of an H100
 MOST_SETS = 128
 CALLS_OF_A_HOT_GRAPH = 20
 L2_BYTES = 50 * 2**20  # an H100's: for plans made where there is no GPU
@@ -53,6 +56,7 @@ RULES = (
     "fp32: batches of 128 and 1024 only. Training in fp32 is the exception.",
     "`compile` and `compile-lean`: six sizes only, since each compilation takes seconds.",
     "The MentorNet `pd`: 1000 classes only.",
+    "`mentorch-chip`: 1000 classes or more, and up to 2^22 logits, which is what fits.",
     "`liger`: dispatch only. It reads counts back to the host, which no CUDA graph can hold.",
     "Cold L2: in CUDA graphs, and where at most 128 input sets (logits and gradient) make up four "
     "L2 caches. Smaller logits fit into the cache many times over.",
@@ -154,9 +158,17 @@ def gpu_rows(subject: str, l2_bytes: int = L2_BYTES) -> list[Row]:
         for size in sizes
         if size.logits_bytes <= MOST_LOGITS_BYTES
         for provider in PROVIDERS[subject]
-        if not provider.startswith("compile") or (size.batch, size.classes, size.dtype) in COMPILED
+        if _takes(provider, size)
         for state in _states(replace(size, provider=provider), l2_bytes)
     ]
+
+
+def _takes(provider: str, size: Row) -> bool:
+    if provider == "mentorch-chip":
+        return size.classes >= 1000 and size.batch * size.classes <= MOST_ON_CHIP
+    if provider.startswith("compile"):
+        return (size.batch, size.classes, size.dtype) in COMPILED
+    return True
 
 
 def _curricula(subject: str, classes: int) -> tuple[str, ...]:
@@ -182,8 +194,8 @@ def smoke_rows(subject: str) -> list[Row]:
 # ---- How long a run will take --------------------------------------------------------------------
 
 # Assumed, not measured: seconds of one core to compile a provider's kernels for one size.
-COMPILE_S = {"mentorch": 5, "mentorch-lagged": 6, "compile": 12, "compile-lean": 12, "liger": 1}
-COMPILE_S["quack"] = 5
+COMPILE_S = {"mentorch": 5, "mentorch-lagged": 6, "mentorch-chip": 6}
+COMPILE_S |= {"compile": 12, "compile-lean": 12, "liger": 1, "quack": 5}
 ROW_S = 0.2  # 50 ms of samples or 20 of them, warm-up, capture
 SETUP_S = 0.2  # inputs and the check, for every provider at every size
 WORKER_START_S = 15

@@ -20,7 +20,16 @@ from peers import Call
 from rows import PROVIDERS, Row, calls_of_a_sample, gpu_rows, smoke_rows
 
 ALL = [row for subject in PROVIDERS for row in gpu_rows(subject)]
-HERE = {"mentorch", "mentorch-lagged", "eager", "eager-lean", "quantile", "sort", "kthvalue"}
+HERE = {
+    "mentorch",
+    "mentorch-lagged",
+    "mentorch-chip",
+    "eager",
+    "eager-lean",
+    "quantile",
+    "sort",
+    "kthvalue",
+}
 
 
 class MadeUpClock:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mentorch
 from mentorch.kernels import fused
 from mentorch.kernels import reweight as module
+from mentorch.kernels.backend import tickets
 from mentorch.kernels.example_dropout import ExampleDropout
 from mentorch.kernels.history import new_history
 from mentorch.kernels.mentor import ClosedForm, LstmWeights, MentorWeights
@@ -282,6 +283,14 @@ def test_split_rows(name, splits, device):
     torch.testing.assert_close(found.total.cpu(), expected.loss)
     torch.testing.assert_close(found.weight.cpu(), expected.sample_weight, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.new_avg.cpu(), expected.loss_moving_avg)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_counters_are_zero_again(form, device):
+    """Or the next launch on the stream would take the wrong program for the last one."""
+    for batch in (3, 70):
+        Run(LINEAR, device, **FORMS[form]).step(*draw(batch, 1000))
+        assert not tickets(device).any()
 
 
 def test_a_batch_too_large_for_the_chip_takes_two_launches(device, monkeypatch):
