@@ -285,6 +285,25 @@ def test_split_rows(name, splits, device):
     torch.testing.assert_close(found.new_avg.cpu(), expected.loss_moving_avg)
 
 
+@pytest.mark.parametrize("lagged", [True, False])
+@pytest.mark.parametrize("classes", [10, 1000, 21841])
+def test_one_launch_writes_the_gradient_itself(classes, lagged, device):
+    """Backward would put a wrong one right, at the price of the pass that was to be saved."""
+    logits, labels, *rest = arguments(device, LINEAR, lagged, classes)
+    state, numbers, plan = fused.parts(tuple(rest))
+    before = state.loss_moving_avg.clone(), state.step.clone()
+    out, grad, written = fused.launch_one_pass(logits, labels, state, numbers, plan)
+    assert written == 1 / 6
+    z = logits.clone().requires_grad_()
+    expected = reweight_ref(
+        z, labels, LINEAR, before[0], step=before[1], dropout=COINS, seed=3, total_steps=100,
+        label_smoothing=0.1, moving_avg="lagged" if lagged else "updated",
+        sample_ids=state.sample_ids,
+    )  # fmt: skip
+    torch.testing.assert_close(out.total, expected.loss.detach())
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.loss, z)[0])
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_counters_are_zero_again(form, device):
     """Or the next launch on the stream would take the wrong program for the last one."""
@@ -389,8 +408,8 @@ def test_a_step_of_the_module_is_two_operators(curriculum, form, expected, devic
     assert criterion.step == 1
 
 
-def arguments(device, curriculum, lagged):
-    logits, labels = draw(6, 10)
+def arguments(device, curriculum, lagged, classes=10):
+    logits, labels = draw(6, classes)
     plan = Plan.of(
         curriculum, COINS, 3, loss_percentile=0.75, decay=0.95, label_smoothing=0.1, lagged=lagged,
         advance=True,
