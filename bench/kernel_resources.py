@@ -300,9 +300,9 @@ def _launch_weigh(batch: int, ranks: int) -> None:
     curriculum = _mentor(1, 20)
     rest = {"loss_percentile": 0.75, "decay": 0.95, "label_smoothing": 0.0}
     plan = Plan.of(curriculum, ExampleDropout(), 1, lagged=False, advance=True, **rest)
-    losses, everyone = (_empty(batch), _empty(2, batch)), _empty(ranks * batch)
+    loss, lse, everyone = _empty(batch), _empty(2, batch), _empty(ranks * batch)
     labels = _empty(batch, dtype=torch.int64)
-    fused.launch_weigh(losses, everyone, None, labels, *_state(batch, curriculum, 1), plan)
+    fused.launch_weigh(loss, lse, everyone, None, labels, *_state(batch, curriculum, 1), plan)
 
 
 def resources(arch: int, only: str = "") -> Iterator[Resources]:

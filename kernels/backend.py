@@ -7,8 +7,9 @@ one program after another in NumPy: slow, and how they are tested without a GPU.
 
 import os
 import struct
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ except ImportError:  # macOS and Windows have torch but no Triton: the reference
 else:
     HAS_TRITON = True
 
+P = ParamSpec("P")
+R = TypeVar("R")
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 _LINE_BYTES = 16  # the widest load or store of one thread
 _SLOTS = 8192
@@ -47,6 +50,21 @@ def runs_kernels(*tensors: Tensor) -> bool:
     device = "cpu" if INTERPRETED else "cuda"
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     return all(t.device.type == device and t.dtype in dtypes for t in tensors)
+
+
+def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """A launcher made to run on the GPU of its first argument; Triton takes the current one."""
+
+    @wraps(launch)
+    def launch_there(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        if first.device.type != "cuda":
+            return launch(*args, **kwargs)
+        with torch.cuda.device(first.device):
+            return launch(*args, **kwargs)
+
+    return launch_there
 
 
 def vector_width(tensor: Tensor) -> int:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mentorch.kernels.backend import runs_kernels, tickets, tl, triton, vector_width
+from mentorch.kernels.backend import on_its_device, runs_kernels, tickets, tl, triton, vector_width
 from mentorch.kernels.rows import (
     finish_splits,
     is_last_program,
@@ -228,6 +228,7 @@ def _cross_entropy_bwd_kernel(
 # ---- Launchers ----------------------------------------------------------------------------------
 
 
+@on_its_device
 def launch_forward(
     logits: Tensor,
     labels: Tensor,
@@ -263,6 +264,7 @@ def launch_forward(
     return loss, lse
 
 
+@on_its_device
 def launch_backward(
     logits: Tensor,
     labels: Tensor,

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mentorch.kernels.backend import tickets, tl, triton, vector_width
+from mentorch.kernels.backend import on_its_device, tickets, tl, triton, vector_width
 from mentorch.kernels.cross_entropy import (
     gradient_of_rows,
     launch_backward,
@@ -245,6 +245,7 @@ class Numbers(NamedTuple):
     ignore_index: int
 
 
+@on_its_device
 def launch_step(
     logits: Tensor,
     labels: Tensor,
@@ -297,6 +298,7 @@ def one_launch_tile(logits: Tensor, plan: Plan) -> RowTile | None:
     return resident_tile(logits, vector)
 
 
+@on_its_device
 def launch_one_pass(
     logits: Tensor, labels: Tensor, state: State, numbers: Numbers, plan: Plan
 ) -> tuple[Outcome, Tensor, Tensor]:
@@ -343,8 +345,10 @@ def launch_one_pass(
     return out, grad, written
 
 
+@on_its_device
 def launch_weigh(
-    losses: tuple[Tensor, Tensor],
+    loss: Tensor,
+    lse: Tensor,
     everyone: Tensor,
     everyones_ids: Tensor | None,
     labels: Tensor,
@@ -353,7 +357,6 @@ def launch_weigh(
     plan: Plan,
 ) -> Outcome:
     """The launch between the gathered losses of all ranks [W] and the gradient."""
-    loss, lse = losses
     batch, rows = loss.shape[0], everyone.shape[0]
     warps = 4 if rows <= 1024 else 8
     out = _outcome(loss, state.loss_moving_avg)
@@ -425,7 +428,7 @@ def _weigh(
     labels: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    out = launch_weigh((loss, lse), everyone, everyones_ids, labels, *parts(arguments))
+    out = launch_weigh(loss, lse, everyone, everyones_ids, labels, *parts(arguments))
     return out.total, out.weight, out.new_avg, out.divisor
 
 

@@ -19,7 +19,14 @@ Shapes: B losses.
 import torch
 from torch import Tensor
 
-from mentorch.kernels.backend import float64_bits, next_power_of_2, runs_kernels, tl, triton
+from mentorch.kernels.backend import (
+    float64_bits,
+    next_power_of_2,
+    on_its_device,
+    runs_kernels,
+    tl,
+    triton,
+)
 
 _ABSENT_KEY = tl.constexpr(2**32 - 1)  # above +inf
 _ROUND_TO_INTEGER = tl.constexpr(1.5 * 2.0**52)  # x + this − this rounds half to even
@@ -192,6 +199,7 @@ def _percentile_kernel(
     tl.store(new_avg_ptr, moving_average(avg, q, decay, decay_complement))
 
 
+@on_its_device
 def launch_percentile(
     losses: Tensor, loss_moving_avg: Tensor, loss_percentile: float, decay: float
 ) -> tuple[Tensor, Tensor]:

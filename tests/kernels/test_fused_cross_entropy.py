@@ -142,6 +142,25 @@ def test_split_rows(splits, dtype, device):
         assert torch.equal(loss, again)  # the counter was put back, and sums repeat
 
 
+def test_a_million_classes(device):
+    logits, labels, upstream = draw(2, 1_000_000, torch.bfloat16, device)
+    compare(logits, labels, upstream)
+
+
+def test_rows_beyond_32_bit_offsets(device):
+    stride = 2**31 + 8
+    storage = torch.empty(2 * stride + 16, dtype=torch.bfloat16, device=device)  # hardly touched
+    logits, labels, upstream = draw(3, 9, torch.bfloat16, device)
+    far = storage.as_strided((3, 9), (stride, 1))
+    far.copy_(logits)
+    torch.testing.assert_close(cross_entropy(far, labels), cross_entropy(logits, labels))
+    _, lse = launch_forward(far, labels, -100, 0.0)
+    found, expected = (
+        launch_backward(z, labels, lse, upstream, None, None, -100, 0.0) for z in (far, logits)
+    )
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_extremes(dtype, smoothing, device):
