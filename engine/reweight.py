@@ -39,7 +39,8 @@ class Reweight(nn.Module):
         loss_percentile: p of ℓ_pt, in [0, 1]: roughly the share of labels that is right.
         decay: of ℓ_pt's moving average, in [0, 1).
         moving_avg: "updated": losses are compared with ℓ_pt after their batch, as in the paper;
-            "lagged": with ℓ_pt before it, which saves a GPU one pass over the logits.
+            "lagged": with ℓ_pt before it, which saves a GPU one pass over the logits where the loss
+            goes into ``backward`` as it is, neither scaled nor divided.
         history_steps: T, how many visits of a sample a MentorNet's bi-LSTM looks at. Above 1,
             ``num_samples`` is needed and every call takes ``index``.
         num_samples: N of the data set, for the history (8 T bytes a sample).
@@ -125,7 +126,9 @@ class Reweight(nn.Module):
         self.register_buffer("loss_moving_avg", torch.zeros(()))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         kept = num_samples if history_steps > 1 else None
-        self.register_buffer("history", new_history(kept, history_steps) if kept else None)
+        self.register_buffer(
+            "history", new_history(kept, history_steps) if kept is not None else None
+        )
 
     def curriculum(self) -> Curriculum:
         """The curriculum in force, as the kernels take it."""
@@ -144,7 +147,8 @@ class Reweight(nn.Module):
         Args:
             logits: [B, C].
             labels: [B] int64; ``ignore_index`` for rows that do not count.
-            index: [B] int64 sample ids, which make example dropout a property of the sample.
+            index: [B] int64 sample ids, which make example dropout a property of the sample. With a
+                history no sample may come twice in a batch, over all ranks.
         """
         if self.history is not None and index is None:
             raise ValueError("a history is kept by sample: call criterion(logits, labels, index)")
@@ -174,7 +178,7 @@ class Reweight(nn.Module):
         if self.training:
             return self.weigh(logits, labels, index).loss
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.to(dtype), labels, ignore_index=self.ignore_index)
+        return F.cross_entropy(logits.to(dtype), labels.long(), ignore_index=self.ignore_index)
 
     def extra_repr(self) -> str:
         """What `print(criterion)` shows."""

@@ -105,6 +105,8 @@ class _Tickets:
 
     def __init__(self, device: torch.device) -> None:
         self.pool = torch.zeros(_SLOTS, 4, dtype=torch.int32, device=device)
+        if device.type == "cuda":  # other streams take counters too, and must find them zeroed
+            torch.cuda.current_stream(device).synchronize()
         self.of_stream: dict[int, Tensor] = {}
         self.free = iter(range(_SLOTS))  # next() is atomic: two threads never get the same slot
 

@@ -213,7 +213,7 @@ def _cross_entropy_bwd_kernel(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr).to(tl.float32)
     if count_ptr is not None:
-        scale = scale / tl.load(count_ptr)
+        scale = tl.div_rn(scale, tl.load(count_ptr))  # exact: compared with what was written
     needed = True
     if written_ptr is not None:
         needed = scale != tl.load(written_ptr)

@@ -1,12 +1,11 @@
 """The kernels of the fused step (`reweight`), their launchers, and their names in torch.
 
-``mentorch::reweight_step``       losses, weights and ℓ_pt in one launch; the gradient is another
-``mentorch::reweight_one_pass``   the same and the gradient in one launch: row by row for a lagged
-                                  ℓ_pt, else with the whole batch kept on the chip
-``mentorch::correct_gradient``    its gradient for another upstream gradient than 1: as a rule
-nothing ``mentorch::present_losses``, ``mentorch::weigh``   the step of several ranks, which
-exchange their
-                                  losses in between
+- ``mentorch::reweight_step``: losses, weights and ℓ_pt in one launch; the gradient is another.
+- ``mentorch::reweight_one_pass``: the same and the gradient in one launch: row by row for a lagged
+  ℓ_pt, else with the whole batch kept on the chip.
+- ``mentorch::correct_gradient``: that gradient, for another upstream gradient than 1; else nothing.
+- ``mentorch::present_losses``: the losses that several ranks exchange.
+- ``mentorch::weigh``: what follows from them, on each rank.
 
 Bytes at s bytes a logit: a step reads s·B·C, the gradient reads and writes as much; one pass reads
 s·B·C from memory (rows longer than a tile twice, the second time from the cache) and writes s·B·C.
@@ -48,6 +47,7 @@ from mentorch.kernels.weigh import (
     batch_tile,
     curriculum_weight,
     epoch_percent,
+    final_weight,
     kept_by_coin,
     sample_id,
     weigh_batch,
@@ -111,7 +111,7 @@ def _reweight_one_pass_kernel(
     first_row_of_program = tl.program_id(0).to(tl.int64) * ROWS
     row_R = first_row_of_program + tl.arange(0, ROWS)
     there_R = row_R < B
-    step = tl.load(step_ptr)
+    step = tl.load(step_ptr).to(tl.int64)
     epoch_pct = epoch_percent(epoch_pct_ptr, step, total_steps)
     loss_R = tl.load(loss_ptr + row_R, mask=there_R, other=0.0)
     diff_R = loss_R - tl.load(avg_ptr).to(tl.float32)
@@ -122,10 +122,10 @@ def _reweight_one_pass_kernel(
     )
     if PLAN.dropout == "coins":
         weight_R = tl.where(kept_by_coin(coins(seed, step, id_R), epoch_pct, PLAN), weight_R, 0.0)
-    weight_R = tl.where(label_R == ignore_index, 0.0, weight_R)
+    weight_R = final_weight(weight_R, label_R, id_R, ignore_index, N, history_ptr is not None)
     tl.store(weight_ptr + row_R, weight_R, mask=there_R)
     tl.debug_barrier()  # weights and lse are read back by other threads
-    scale = 1.0 / B.to(tl.float32)
+    scale = tl.div_rn(1.0, B.to(tl.float32))
     gradient_of_rows(
         logits_ptr, labels_ptr, lse_ptr, grad_ptr, weight_ptr, 1, scale, first_row_of_program, B, 0,
         ignore_index, SMOOTHING, C, STRIDE, ROWS, LANES, V, CHUNKS, SMOOTH,
@@ -173,7 +173,7 @@ def _reweight_resident_kernel(
             ONE_BLOCK, False,
         )  # fmt: skip
     wait_for_last_program(ticket_ptr, last)
-    scale = 1.0 / tl.load(count_ptr, cache_modifier=".cg")
+    scale = tl.div_rn(1.0, tl.load(count_ptr, cache_modifier=".cg"))
     if last:
         tl.store(written_ptr, scale)
     label_L, scale_L = scales_of_rows(

@@ -41,7 +41,7 @@ def history_steps_ref(
 
     Args:
         history: [N + 1, T, 2] before this visit.
-        sample_ids: [B] int64; one outside [0, N) has no past.
+        sample_ids: [B] int64; one outside [0, N) has no past (the step makes one from N on NaN).
         loss: [B], nats, today's.
         loss_diff: [B], ℓ − ℓ_pt.
 

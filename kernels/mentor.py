@@ -170,8 +170,7 @@ def sample_weight_ref(
     return mentornet_ref(curriculum, loss, loss_diff, labels, epoch_pct).to(loss.dtype)
 
 
-# ---- The same on a tile of samples, in Triton
-# -----------------------------------------------------
+# ---- The same on a tile of samples, in Triton ---------------------------------------------------
 
 
 @triton.jit

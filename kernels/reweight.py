@@ -67,6 +67,9 @@ def _check(
     history: Tensor | None,
     moving_avg: str,
     label_smoothing: float,
+    loss_moving_avg: Tensor,
+    step: Tensor | int,
+    advance: bool,
 ) -> None:
     check_logits(logits, labels, label_smoothing)
     if isinstance(curriculum, MentorWeights) and curriculum.use_label:
@@ -88,6 +91,20 @@ def _check(
         )
     if history is not None and (history.ndim != 3 or history.shape[2] != 2):
         raise ValueError(f"a history is [N + 1, T, 2], got {list(history.shape)}: see new_history")
+    if history is not None and not history.is_contiguous():
+        raise ValueError("the history is changed in place and must be contiguous: see new_history")
+    if advance and not isinstance(step, Tensor):
+        raise ValueError(f"to advance, step must be a tensor that can be changed, not {step!r}")
+    elsewhere = {"loss_moving_avg": loss_moving_avg, "step": step, "epoch_pct": epoch_pct}
+    elsewhere |= {"sample_ids (index)": sample_ids, "history": history}
+    if isinstance(curriculum, MentorWeights):
+        elsewhere["the MentorNet"] = curriculum.fc1_weight
+    for name, tensor in elsewhere.items():
+        if isinstance(tensor, Tensor) and tensor.device != logits.device:
+            raise ValueError(
+                f"the logits are on {logits.device} but {name} on {tensor.device}; "
+                "move it there (a Reweight: criterion.to(device))"
+            )
 
 
 def _epoch_pct(epoch_pct: Tensor | None, step: Tensor | int, total_steps: int | None) -> Tensor:
@@ -150,7 +167,7 @@ def reweight_ref(
     """The definition, in plain PyTorch; arguments as `reweight`."""
     _check(
         logits, labels, curriculum, epoch_pct, total_steps, sample_ids, history, moving_avg,
-        label_smoothing,
+        label_smoothing, loss_moving_avg, step, advance,
     )  # fmt: skip
     check_moving_average(loss_percentile, decay)
     labels = labels.long()
@@ -172,6 +189,8 @@ def reweight_ref(
         weight = sample_weight_ref(curriculum, *steps, label_input, epoch_pct)
         if dropout is not None:
             weight = example_dropout_ref(dropout, weight, valid, epoch_pct, seed, step, sample_ids)
+        if history is not None:  # no such sample: let it be seen
+            weight = weight.masked_fill(sample_ids >= history.shape[0] - 1, torch.nan)
         weight = weight.masked_fill(~valid, 0.0)
         if history is not None:
             update_history_ref(history, _gather(sample_ids, group), everyone, everyone - base)
@@ -190,6 +209,11 @@ def reweight_ref(
 
 
 # ---- Fused --------------------------------------------------------------------------------------
+
+
+def _signed(seed: int) -> int:
+    """The same 64 bits as torch passes them to an operator."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 class _Fused(torch.autograd.Function):
@@ -233,8 +257,7 @@ class _Fused(torch.autograd.Function):
             correct_gradient(
                 grad, written, logits, labels, lse, weight, scale, count, *ctx.settings
             )
-            if not torch.compiler.is_compiling():
-                ctx.used = True  # handed out: a second backward writes its own
+            ctx.used = True  # handed out: a second backward writes its own
         return grad, *nothing[1:]
 
 
@@ -276,13 +299,17 @@ def reweight(
         loss_percentile: p in [0, 1].
         decay: of the moving average, in [0, 1).
         moving_avg: "updated": differences are taken from ℓ_pt after this batch (the paper);
-            "lagged": from ℓ_pt before it, which lets a GPU write the gradient in the same pass.
+            "lagged": from ℓ_pt before it, which lets a GPU write the gradient in the same pass. It
+            does so for an upstream gradient of 1 and no ignored rows; for any other (a loss scaler,
+            a loss divided for accumulation) the gradient is written again, and nothing is saved.
         dropout: burn-in and example dropout; None for neither.
         seed: key of the dropout's random numbers.
         step: training step, the other half of the key; a 0-d int64 tensor or a number.
         total_steps: of the training, from which the progress is computed without ``epoch_pct``.
         sample_ids: [B] int64, which sample each row is, for dropout and history; by default the row
-            number in the global batch.
+            number in the global batch. With a history a sample must not come twice in a batch, over
+            all ranks, and one outside [0, N) is told apart: below 0 it has no past and none is
+            kept, from N on it makes the loss NaN.
         history: [N + 1, T, 2] from `new_history`; the batch's losses are appended. A MentorNet then
             looks at T visits.
         label_smoothing: ε in [0, 1].
@@ -293,8 +320,8 @@ def reweight(
             of the global L. Each rank must bring the same number of rows. None: this batch alone.
         advance: write ℓ_pt into ``loss_moving_avg`` and add 1 to ``step`` (a tensor then).
         one_launch: on one GPU, keep the logits on the chip between loss and gradient where they
-            fit: a single cooperative launch. The results are the same. Not the default: where it
-            wins has not been measured yet.
+            fit: a single cooperative launch. The results are the same; as for "lagged", it pays for
+            an upstream gradient of 1. Not the default: where it wins has not been measured yet.
 
     Returns:
         `Reweighted`. A batch with no valid row has loss 0 and leaves ℓ_pt as it was.
@@ -312,7 +339,7 @@ def reweight(
         )  # fmt: skip
     _check(
         logits, labels, curriculum, epoch_pct, total_steps, sample_ids, history, moving_avg,
-        label_smoothing,
+        label_smoothing, loss_moving_avg, step, advance,
     )  # fmt: skip
     check_moving_average(loss_percentile, decay)
     steps = 1 if history is None else history.shape[1]
@@ -323,10 +350,12 @@ def reweight(
     one_pass = (
         (one_launch or (lagged and plan.dropout != "exact"))  # its count is over the whole batch
         and _ranks(group) == 1
+        and not torch.compiler.is_compiling()  # which would copy the gradient to correct the copy
         and logits.requires_grad
         and torch.is_grad_enabled()
     )
     avg = loss_moving_avg.detach()
+    sample_ids = None if sample_ids is None else sample_ids.contiguous()
     with torch.autocast(logits.device.type, enabled=False):
         out = _Fused.apply(
             logits,
@@ -334,7 +363,7 @@ def reweight(
             group,
             one_pass,
             *State(avg, step, history, epoch_pct, sample_ids, _theta(curriculum)),
-            *Numbers(total_steps or 1, _first_row(labels, group), seed, ignore_index),
+            *Numbers(total_steps or 1, _first_row(labels, group), _signed(seed), ignore_index),
             *[getattr(plan, name) for name in PLAN_FIELDS],
         )
     return Reweighted(*out)

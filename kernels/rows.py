@@ -205,7 +205,7 @@ def wait_for_last_program(ticket_ptr, last):
         while released == 0:
             released = tl.atomic_add(ticket_ptr + 1, 0, sem="acquire")
     tl.debug_barrier()  # what was released to one thread is there for all
-    if tl.atomic_add(ticket_ptr + 2, 1, sem="relaxed") == tl.num_programs(0) - 1:
+    if tl.atomic_add(ticket_ptr + 2, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(ticket_ptr + 1, 0)
         tl.store(ticket_ptr + 2, 0)
 

@@ -191,9 +191,15 @@ def curriculum_weight(
         )  # fmt: skip
     if PLAN.burn_in_pct > 0:
         weight_M = tl.where(epoch_pct < PLAN.burn_in_pct, 1.0, weight_M)
-    if history_ptr is not None:
-        weight_M = tl.where(id_M >= N, float("nan"), weight_M)  # no such sample: let it be seen
     return weight_M
+
+
+@triton.jit
+def final_weight(weight_M, label_M, id_M, ignore_index, N, HISTORY: tl.constexpr):
+    """0 in ignored rows; NaN, to be seen, for a sample that the history does not have."""
+    if HISTORY:
+        weight_M = tl.where(id_M >= N, float("nan"), weight_M)
+    return tl.where(label_M == ignore_index, 0.0, weight_M)
 
 
 @triton.jit
@@ -282,7 +288,7 @@ def weigh_batch(
     new_avg = moving_average(avg, q, PLAN.decay, PLAN.decay_complement)
     count = tl.maximum(present, 1).to(tl.float32) / (W // B)
     base = avg if PLAN.lagged else new_avg
-    step = tl.load(step_ptr)
+    step = tl.load(step_ptr).to(tl.int64)
     epoch_pct = epoch_percent(epoch_pct_ptr, step, total_steps)
     if PLAN.dropout == "exact":
         threshold, of_equals = _exact_threshold(
@@ -311,7 +317,9 @@ def weigh_batch(
             elif PLAN.dropout == "coins":
                 kept_M = kept_by_coin(coins(seed, step, id_M), epoch_pct, PLAN)
                 weight_M = tl.where(kept_M, weight_M, 0.0)
-            weight_M = tl.where(label_M == ignore_index, 0.0, weight_M)
+            weight_M = final_weight(
+                weight_M, label_M, id_M, ignore_index, N, history_ptr is not None
+            )  # fmt: skip
             tl.store(weight_ptr + row_M, weight_M, mask=there_M)
         counted_M = there_M & (weight_M != 0.0)
         total += tl.sum(tl.where(counted_M, weight_M * loss_M, 0.0), axis=0)

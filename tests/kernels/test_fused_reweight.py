@@ -187,13 +187,38 @@ def test_the_history_of_all_kinds_of_rows(device):
 
 def test_a_sample_id_beyond_the_history_shows_as_nan(device):
     logits, labels = draw(4, 5)
-    ids = torch.tensor([0, 1, 10, 2], device=device)
-    out = reweight(
-        logits.to(device), labels.to(device), LINEAR, torch.tensor(1.0, device=device),
-        total_steps=1, sample_ids=ids, history=new_history(10, 2, device),
-    )  # fmt: skip
-    assert out.sample_weight.isnan().tolist() == [False, False, True, False]
-    assert out.loss.isnan()
+    labels[3] = -100
+    for step in (3, 50):  # in burn-in too
+        for options in ({"dropout": COINS}, {"moving_avg": "lagged"}):
+            run = Run(LINEAR, device, step=step, history=new_history(10, 2), **options)
+            out, _ = run.step(logits, labels, torch.tensor([0, 1, 10, 11]))
+            assert out.sample_weight.isnan().tolist() == [False, False, True, False]
+            assert out.loss.isnan()
+
+
+def test_strided_sample_ids(device):
+    logits, labels = draw(30, 5)
+    ids = torch.stack([torch.arange(30), torch.arange(30) + 60], 1)[:, 1]
+    run = Run(mentor(), device, history=new_history(100, 2), dropout=COINS)
+    for _ in range(2):
+        run.step(logits, labels, ids)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 - 1])
+def test_any_seed_of_64_bits(seed, device):
+    Run(ClosedForm("uniform"), device, dropout=COINS, seed=seed).step(*draw(50, 3))
+
+
+def test_bad_arguments_are_refused(device):
+    logits, labels = (t.to(device) for t in draw(4, 5))
+    avg = torch.zeros((), device=device)
+    with pytest.raises(ValueError, match="step must be a tensor"):
+        reweight(logits, labels, LINEAR, avg, total_steps=1, step=3, advance=True)
+    across = new_history(2, 5, device).transpose(0, 1)
+    with pytest.raises(ValueError, match="contiguous"):
+        reweight(logits, labels, LINEAR, avg, total_steps=1, history=across)
+    with pytest.raises(ValueError, match=r"sample_ids .* meta.*criterion.to\(device\)"):
+        reweight(logits, labels, LINEAR, avg, total_steps=1, sample_ids=labels.to("meta"))
 
 
 @pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
@@ -309,7 +334,7 @@ def test_the_counters_are_zero_again(form, device):
     """Or the next launch on the stream would take the wrong program for the last one."""
     for batch in (3, 70):
         Run(LINEAR, device, **FORMS[form]).step(*draw(batch, 1000))
-        assert not tickets(device).any()
+        assert not tickets(torch.empty(0, device=device).device).any()  # "cuda" is not "cuda:0"
 
 
 def test_a_batch_too_large_for_the_chip_takes_two_launches(device, monkeypatch):
