@@ -332,7 +332,7 @@ def row_tile(
     threads = 32 * warps
     lanes = min(next_power_of_2(lines), 4 * threads)
     rows = max(min(threads // lanes, next_power_of_2(batch)), 1)
-    if INTERPRETED and batch >= 64:
+    if INTERPRETED and batch > 2:
         rows = max(rows, 16)  # the interpreter pays by the program, not by its size
     chunks = -(-lines // lanes)
     if splits is None:

@@ -7,6 +7,7 @@ import torch
 from torch.library import opcheck
 
 from mentorch.kernels import cross_entropy as module
+from mentorch.kernels.backend import INTERPRETED
 from mentorch.kernels.cross_entropy import (
     cross_entropy,
     cross_entropy_ref,
@@ -18,8 +19,8 @@ from mentorch.kernels.rows import row_tile
 pytestmark = pytest.mark.usefixtures("device")
 
 BATCHES = [
-    1,  # a tile of rows with one in it
-    2,
+    1,  # a tile of rows with one in it; the interpreter takes the GPU's tiles for these two,
+    2,  # and 16 rows a program, which is the faster there, from here on
     63,  # just under a tile of 64 rows
     64,
     127,  # a last tile that is not full
@@ -259,6 +260,6 @@ def test_tiles(batch, classes, expected):
     logits = torch.empty(batch, classes, dtype=torch.bfloat16, device="meta")
     tile = row_tile(logits)
     assert (tile.lanes, tile.vector, tile.chunks) == expected[1:]
-    if batch < 64:
+    if not INTERPRETED:
         assert tile.rows == expected[0]
     assert tile.lanes * tile.vector * tile.chunks >= classes
