@@ -364,7 +364,10 @@ def resident_tile(logits: Tensor, vector: int) -> RowTile | None:
     rows = next_power_of_2(-(-batch // multiprocessors(logits.device)))
     elements = rows * lanes * vector
     warps = min(max(next_power_of_2(elements // (32 * 32)), 4), 16)
-    if elements > (64 if rows == 1 else 32) * 32 * warps and not INTERPRETED:
+    most = (
+        2**20 if INTERPRETED else (64 if rows == 1 else 32) * 32 * warps
+    )  # 2^20: Triton's own limit
+    if elements > most:
         return None
     return RowTile(rows, lanes, vector, 1, 1, warps)
 
