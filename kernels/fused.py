@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 from mentorch.kernels.backend import on_its_device, tickets, tl, triton, vector_width
 from mentorch.kernels.cross_entropy import (
@@ -440,7 +441,7 @@ def _weigh_fake(loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 def _operator(name: str, function: Any, fake: Any, tensors: str, outputs: int) -> Any:
     """``mentorch::{name}``, which takes ``tensors`` and then what `_STATE_SCHEMA` lists."""
     results = ", ".join(["Tensor"] * outputs)
-    operator = torch.library.custom_op(
+    operator = custom_op(
         f"mentorch::{name}",
         function,
         mutates_args=_CHANGED,
@@ -463,7 +464,7 @@ weigh = _operator(
 )
 
 
-@torch.library.custom_op("mentorch::present_losses", mutates_args=())
+@custom_op("mentorch::present_losses", mutates_args=())
 def present_losses(
     logits: Tensor, labels: Tensor, ignore_index: int, smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -478,7 +479,7 @@ def _(logits, labels, ignore_index, smoothing):
     return *row_buffers(logits), _float32(logits, logits.shape[0])
 
 
-@torch.library.custom_op("mentorch::correct_gradient", mutates_args=("grad",))
+@custom_op("mentorch::correct_gradient", mutates_args=("grad",))
 def correct_gradient(
     grad: Tensor,
     written: Tensor,

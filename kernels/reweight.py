@@ -285,9 +285,9 @@ def reweight(
 ) -> Reweighted:
     """Weights every sample of a batch by a curriculum and takes the weighted loss, as above.
 
-    On a GPU fused (two launches in all, one with a lagged average), elsewhere `reweight_ref`.
-    Nothing syncs with the host; only ``history``, and with ``advance`` the state, are changed in
-    place.
+    On a GPU fused: two launches in all. With a lagged average the first writes the gradient too, and
+    the second only sees that there is nothing to correct. Elsewhere `reweight_ref`. Nothing syncs
+    with the host; only ``history``, and with ``advance`` the state, are changed in place.
 
     Args:
         logits: [B, C], any floating dtype; the mathematics is float32, or float64 for float64.
