@@ -285,7 +285,7 @@ def reweight(
 ) -> Reweighted:
     """Weights every sample of a batch by a curriculum and takes the weighted loss, as above.
 
-    On a GPU fused: two launches in all. With a lagged average the first writes the gradient too, and
+    On a GPU fused: two launches in all. With a lagged average the first writes the gradient too and
     the second only sees that there is nothing to correct. Elsewhere `reweight_ref`. Nothing syncs
     with the host; only ``history``, and with ``advance`` the state, are changed in place.
 
