@@ -306,9 +306,9 @@ def _launch_weigh(batch: int, ranks: int) -> None:
 
 
 def resources(arch: int, only: str = "") -> Iterator[Resources]:
-    """The resources of every case whose name contains ``only``."""
+    """The resources of every case in whose name the regular expression ``only`` is found."""
     for name, launch in cases():
-        if only in name:
+        if re.search(only, name):
             with caught_launches() as launches:
                 launch()
             for caught in launches:
@@ -331,7 +331,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--arch", type=int, action="append", help="80, 90 or 100; all by default")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="cases this regular expression is found in")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):

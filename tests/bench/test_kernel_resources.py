@@ -24,7 +24,7 @@ def compiled(arch, only):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     found = [json.loads(line) for line in run.stdout.splitlines()]
-    assert found, f"no case is called {only!r}"
+    assert found, f"no case matches {only!r}"
     return found
 
 
@@ -32,8 +32,12 @@ def compiled(arch, only):
 @pytest.mark.parametrize(
     ("arch", "only"),
     [
-        (90, "cross_entropy"),  # every size class and dtype
-        (90, "reweight"),  # every form: curricula, dropout, history, one pass, split rows
+        # A cold compiler cache makes each case cost seconds: fp16 loads like bf16, and the forms of
+        # the fused step are tried on one size, the sizes on one form. The tool itself does them all.
+        (90, "cross_entropy .*(bf16|fp32)"),
+        (90, "reweight linear.*, one line bf16"),
+        (90, "reweight mentornet.*, one line bf16"),
+        (90, "reweight mentornet(, .*)?, (chunks|wide row|long) bf16"),
         (90, "gathered losses"),
         (90, "percentile"),
         (80, "mentornet, one line"),  # the other chips: that everything they lack is avoided
