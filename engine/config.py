@@ -83,7 +83,8 @@ class StudentConfig:
     """The network that is trained (g_s)."""
 
     name: str = "inception_resnet_v2"
-    """A model of timm, by its name there."""
+    """A model of timm, or one of ours: mentornet_resnet101, mentornet_inception (the paper's),
+    small_cnn, small_mlp, cifar_resnet20, cifar_resnet32, cifar_resnet56."""
     drop_rate: float = 0.2
     """Dropout before the classifier, share of features."""
     channels_last: bool = True
@@ -98,8 +99,15 @@ class CurriculumConfig:
     """How much each sample is trusted (g_m)."""
 
     name: str = "pd"
-    """A closed form (uniform, self_paced, linear, focal, hard_example), a MentorNet that ships with
-    the package (pd), or a .safetensors file. uniform with burn_in 0 is plain cross-entropy."""
+    """A closed form (uniform, self_paced, linear, …), a MentorNet that ships with the package (pd,
+    dd, …), a .safetensors file, or a baseline (gce, reed_soft, reed_hard, noise_layer). uniform
+    with burn_in 0 is plain cross-entropy."""
+    lambda1: float = 0.0
+    """λ1 of a closed form, nats: where the weight starts to fall."""
+    lambda2: float = 1.0
+    """λ2 of linear, nats: over how much loss the weight falls from 1 to 0."""
+    gamma: float = 2.0
+    """γ of focal."""
     loss_percentile: float = 0.75
     """p of the loss percentile ℓ_pt; roughly the share of labels that is right."""
     decay: float = 0.95
@@ -114,9 +122,31 @@ class CurriculumConfig:
     """Drop an exact count of samples, as the released code does, instead of tossing coins."""
     percentile_over: Literal["global", "local"] = "global"
     """Take the percentile over the batches of all ranks, or of each rank for itself."""
+    moving_avg: Literal["updated", "lagged"] = "updated"
+    """Compare losses with ℓ_pt after their batch (the paper), or before it (one pass on a GPU)."""
+    history_steps: int = 1
+    """Visits of a sample that a MentorNet's bi-LSTM looks at."""
+    weight_lr: float = 0.0
+    """Above 0, sample weights are latent variables that take one gradient step of this size along
+    the closed form's G at every visit (Algorithm 1, line 9), in weight per nat; 1/λ2 lands on the
+    optimum of linear."""
+    trusted: float = 0.0
+    """Above 0, learn the curriculum from the run itself (MentorNet DD; name must be dd): this share
+    of the training samples, drawn by the seed among those with a known clean label, is its D'."""
+    learn_at: tuple[float, ...] = (0.2, 0.5, 0.75)
+    """Then: shares of training at which it is learned again, the first at the end of burn-in."""
+    sharpness: float = 1.0
+    """Then: what the logit of the weight is multiplied by. 1: the weight is the probability that
+    the label is right; large: it is 1 where that is above ½."""
 
     def __post_init__(self) -> None:
-        _share(self, "loss_percentile", "burn_in")
+        _share(self, "loss_percentile", "burn_in", "trusted")
+        _at_least(self, 0, "weight_lr")
+        _at_least(self, 1, "history_steps")
+        if self.trusted and self.name != "dd":
+            raise ValueError(
+                f"trusted samples are for learning curriculum dd from the run, not {self.name!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

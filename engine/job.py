@@ -13,13 +13,15 @@ import torch
 
 from mentorch.engine import checkpoint
 from mentorch.engine.config import RunConfig, save_config
+from mentorch.engine.criteria import create_criterion
 from mentorch.engine.data.datasets import Datasets, Samples, bad_files, open_datasets
-from mentorch.engine.data.pipelines import Loader
+from mentorch.engine.data.pipelines import Loader, Normalise
 from mentorch.engine.distributed import World, distributed
 from mentorch.engine.evaluate import evaluate, share_buffers
 from mentorch.engine.scores import Scores
 from mentorch.engine.spade import Spade
 from mentorch.engine.stop import StopRequest
+from mentorch.engine.student import create_student
 from mentorch.engine.telemetry import Telemetry, describe_environment
 
 STOPPED = 130  # exit status of a run that was asked to stop and can be resumed
@@ -47,7 +49,22 @@ class Job:
         samples, classes = self.datasets.train, len(self.datasets.classes)
         labels = torch.from_numpy(samples.labels_N).to(world.device)
         clean = torch.from_numpy(samples.index.clean_labels()).to(world.device)
-        self.spade = Spade(config, labels, clean, classes, self.loader.steps_per_epoch, world)
+        steps_per_epoch = self.loader.steps_per_epoch
+        torch.manual_seed(config.seed)  # line 1 of Algorithm 1: the same w⁰ on every rank
+        student = create_student(config.student, classes, world.device)
+        criterion = create_criterion(
+            config.curriculum,
+            labels_N=labels,
+            clean_labels_N=clean,
+            sample_ids=torch.from_numpy(samples.sample_ids).to(world.device),
+            num_classes=classes,
+            total_steps=steps_per_epoch * train.epochs,
+            seed=config.seed,
+        )
+        normalise = Normalise(config.data.mean, config.data.std).to(world.device)
+        self.spade = Spade(
+            config, student, criterion, normalise, labels, clean, steps_per_epoch, world
+        )
         self.scores = Scores()
         if config.resume:
             self._resume()

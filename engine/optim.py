@@ -23,8 +23,12 @@ def has_nvidia_apex() -> bool:
     return has_file and find_spec("amp_C") is not None
 
 
-def create_optimizer(config: OptimConfig, student: nn.Module) -> torch.optim.Optimizer:
+def create_optimizer(
+    config: OptimConfig, student: nn.Module, criterion: nn.Module | None = None
+) -> torch.optim.Optimizer:
     """SGD over the student's weights; decay on matrices and filters only.
+
+    What a criterion has to learn (a noise layer) is trained along, without decay.
 
     With ``scale_weight_decay`` the optimiser itself does not decay: `add_weight_decay` does, by an
     amount that is known on the device only.
@@ -34,6 +38,9 @@ def create_optimizer(config: OptimConfig, student: nn.Module) -> torch.optim.Opt
     """
     decay = 0.0 if config.scale_weight_decay else config.weight_decay
     groups = param_groups_weight_decay(student, decay)
+    own = [] if criterion is None else [p for p in criterion.parameters() if p.requires_grad]
+    if own:
+        groups.append({"params": own, "weight_decay": 0.0})
     on_gpu = next(student.parameters()).is_cuda
     if config.implementation == "apex" and not (on_gpu and has_nvidia_apex()):
         raise ValueError(
@@ -79,7 +86,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def add_weight_decay(
-    optimizer: torch.optim.Optimizer, weight_decay: float, weight_and_count: Tensor, world_size: int
+    student: nn.Module, weight_decay: float, weight_and_count: Tensor, world_size: int
 ) -> None:
     """Adds weight_decay · v̄ · w to the gradients, v̄ the mean sample weight of the global batch.
 
@@ -87,7 +94,8 @@ def add_weight_decay(
     the host.
 
     Args:
-        optimizer: made with ``scale_weight_decay``; its first group has no decay (norms, biases).
+        student: whose optimiser was made with ``scale_weight_decay``. What has one dimension
+            (norms, biases) does not decay: timm's rule.
         weight_decay: θ of Eq. 1.
         weight_and_count: [2], Σv and the number of samples of this rank.
         world_size: number of ranks.
@@ -95,12 +103,7 @@ def add_weight_decay(
     if world_size > 1:
         dist.all_reduce(weight_and_count)
     mean_weight = weight_and_count[0] / weight_and_count[1].clamp(min=1)
-    pairs = [(p, p.grad) for p in _decayed(optimizer) if p.grad is not None]
+    pairs = [(p, p.grad) for p in student.parameters() if p.ndim > 1 and p.grad is not None]
     weights, gradients = [p for p, _ in pairs], [gradient for _, gradient in pairs]
     decay = list(torch._foreach_mul(weights, mean_weight * weight_decay))
     torch._foreach_add_(gradients, decay)
-
-
-def _decayed(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Parameters that decay: timm's rule, those with more than one dimension."""
-    return [p for group in optimizer.param_groups for p in group["params"] if p.ndim > 1]

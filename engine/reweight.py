@@ -6,9 +6,9 @@ from typing import get_args
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from mentorch.engine.criterion import Criterion
 from mentorch.engine.curricula import resolve_curriculum
 from mentorch.engine.mentor import MentorNet
 from mentorch.kernels.example_dropout import ExampleDropout
@@ -24,7 +24,7 @@ _NEEDS_STEPS = (
 )
 
 
-class Reweight(nn.Module):
+class Reweight(Criterion):
     """Cross-entropy weighted sample by sample by a curriculum (MentorNet, ICML 2018).
 
     In training mode every call is one step: it updates ℓ_pt, counts the step and returns Σ v ℓ / B.
@@ -65,7 +65,6 @@ class Reweight(nn.Module):
         >>> loss = criterion(logits, labels)          # like nn.CrossEntropyLoss()
     """
 
-    loss_moving_avg: Tensor
     step: Tensor
     history: Tensor | None
 
@@ -89,7 +88,7 @@ class Reweight(nn.Module):
         group: dist.ProcessGroup | None = None,
         one_launch: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(ignore_index=ignore_index, group=group)
         resolved = resolve_curriculum(curriculum)
         if total_steps is None and (burn_in > 0 or isinstance(resolved, MentorNet)):
             raise ValueError(_NEEDS_STEPS)
@@ -120,10 +119,7 @@ class Reweight(nn.Module):
             round(burn_in * EPOCHS), burn_in_dropout, example_dropout, exact_dropout
         )
         self.seed = seed
-        self.ignore_index = ignore_index
-        self.group = group
         self.one_launch = one_launch
-        self.register_buffer("loss_moving_avg", torch.zeros(()))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         kept = num_samples if history_steps > 1 else None
         self.register_buffer(
@@ -172,13 +168,6 @@ class Reweight(nn.Module):
             advance=True,
             one_launch=self.one_launch,
         )
-
-    def forward(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Tensor:
-        """The loss to call ``backward`` on; arguments as `weigh`."""
-        if self.training:
-            return self.weigh(logits, labels, index).loss
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.to(dtype), labels.long(), ignore_index=self.ignore_index)
 
     def extra_repr(self) -> str:
         """What `print(criterion)` shows."""

@@ -3,7 +3,7 @@
 The numbers in the comments are the algorithm's lines.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mentorch.engine.config import RunConfig
-from mentorch.engine.data.pipelines import Batch, Normalise
+from mentorch.engine.criteria import IGNORED
+from mentorch.engine.criterion import Criterion
+from mentorch.engine.data.pipelines import Batch
 from mentorch.engine.distributed import World
 from mentorch.engine.optim import (
     add_weight_decay,
@@ -21,11 +23,12 @@ from mentorch.engine.optim import (
     learning_rate,
     set_learning_rate,
 )
-from mentorch.engine.reweight import Reweight
-from mentorch.engine.student import autocast_dtype, create_student, forward
+from mentorch.engine.student import autocast_dtype, forward
 from mentorch.kernels.reweight import Reweighted
 
-IGNORED = -100
+Observer = Callable[[Tensor, Tensor, Reweighted], None]
+"""Sees every step: sample ids [B] (−1: no sample), given labels [B], what the criterion found."""
+
 USED = 0.001  # a weight above this counts as used, as in the released code's data utilisation
 # Sums over samples, then the counts they are divided by.
 SUMS = ("loss", "weighted_loss", "mean_weight", "data_utilization", "weight_right", "weight_wrong")
@@ -37,34 +40,39 @@ class Spade:
 
     Args:
         config: the run.
+        student: w⁰, the same on every rank.
+        criterion: the curriculum.
+        normalise: from a batch's pixels to the student's input.
         labels_N: [N] int64 on the device: the given label of every row of the index.
         clean_labels_N: likewise the labels known to be right; -1 where unknown. For metrics only.
-        num_classes: width of the student's classifier.
         steps_per_epoch: of the loader.
         world: the ranks.
+        observers: called after every step.
     """
 
     def __init__(
         self,
         config: RunConfig,
+        student: nn.Module,
+        criterion: Criterion,
+        normalise: nn.Module,
         labels_N: Tensor,
         clean_labels_N: Tensor,
-        num_classes: int,
         steps_per_epoch: int,
         world: World,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.config, self.world = config, world
         self.labels_N, self.clean_labels_N = labels_N, clean_labels_N
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = steps_per_epoch * config.train.epochs
         self.dtype = autocast_dtype(config.train.precision, world.device)
-        torch.manual_seed(config.seed)  # line 1: the same w⁰ on every rank …
-        self.student = create_student(config.student, num_classes, world.device)
-        torch.manual_seed(config.seed + world.rank)  # … but each its own dropout
+        self.student = student
+        torch.manual_seed(config.seed + world.rank)  # each rank its own dropout
         self.replica = self._replicate()
-        self.normalise = Normalise(config.data.mean, config.data.std).to(world.device)
-        self.criterion = self._criterion().to(world.device)
-        self.optimizer = create_optimizer(config.optim, self.student)
+        self.normalise, self.criterion = normalise, criterion
+        self.observers = observers
+        self.optimizer = create_optimizer(config.optim, self.student, criterion)
         self.scaler = torch.amp.GradScaler(
             world.device.type, enabled=self.dtype == torch.float16, init_scale=2.0**12
         )
@@ -80,22 +88,6 @@ class Spade:
             return self.student
         devices = [self.world.device] if self.world.device.type == "cuda" else None
         return DistributedDataParallel(self.student, device_ids=devices)
-
-    def _criterion(self) -> Reweight:
-        curriculum = self.config.curriculum
-        return Reweight(
-            curriculum.name,
-            total_steps=self.total_steps,
-            loss_percentile=curriculum.loss_percentile,
-            decay=curriculum.decay,
-            burn_in=curriculum.burn_in,
-            burn_in_dropout=curriculum.burn_in_dropout,
-            example_dropout=curriculum.example_dropout,
-            exact_dropout=curriculum.exact_dropout,
-            seed=self.config.seed,
-            ignore_index=IGNORED,
-            group=dist.group.WORLD if curriculum.percentile_over == "global" else None,
-        )
 
     @property
     def trained(self) -> nn.Module:
@@ -114,6 +106,7 @@ class Spade:
         self.replica.train()
         self.criterion.train()
         for batch in batches:  # lines 2 and 3: the loader's order is uniformly random
+            self.criterion.update_curriculum(self.step_count)  # lines 5 to 7
             self._step(batch)
             self.step_count += 1  # line 13
             yield self.step_count
@@ -123,27 +116,42 @@ class Spade:
         labels = labels.masked_fill(batch.sample_ids < 0, IGNORED)
         images = self.normalise(batch.images)
         logits = forward(self.replica, images, self.dtype)  # line 4
-        out = self.criterion.weigh(logits, labels, batch.sample_ids)  # line 11: v ← g_m(φ(Ξ, w); Θ)
+        out = self.criterion.weigh(logits, labels, batch.sample_ids)  # lines 8 to 11: v
         self._update(out, labels)  # line 12: w ← w − α ∇F
         self._count(out, labels, self.clean_labels_N[batch.sample_ids.clamp(min=0)])
+        for observe in self.observers:
+            observe(batch.sample_ids, labels, out)
 
     def _update(self, out: Reweighted, labels: Tensor) -> None:
         optim = self.config.optim
         set_learning_rate(self.optimizer, self.lr)
-        for parameter in self.student.parameters():
+        for parameter in self._parameters():
             parameter.grad = None  # what zero_grad does, which apex's optimisers define differently
         self.scaler.scale(out.loss).backward()
+        self._average_own_gradients()
         if optim.clip_norm or optim.scale_weight_decay:
             self.scaler.unscale_(self.optimizer)
         if optim.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.clip_norm)
         if optim.scale_weight_decay:
             sums = torch.stack([out.sample_weight.sum(), (labels != IGNORED).sum()])
-            add_weight_decay(self.optimizer, optim.weight_decay, sums, self.world.world_size)
+            add_weight_decay(self.student, optim.weight_decay, sums, self.world.world_size)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average:
             self.average.update(self.student, step=self.step_count + 1)
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.student.parameters()
+        yield from self.criterion.parameters()
+
+    def _average_own_gradients(self) -> None:
+        """Over the ranks, for what the criterion has to learn: DDP sees the student only."""
+        if self.world.world_size > 1:
+            for parameter in self.criterion.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= self.world.world_size
 
     @torch.no_grad()
     def _count(self, out: Reweighted, labels: Tensor, clean_labels: Tensor) -> None:

@@ -1,36 +1,57 @@
-"""StudentNets (g_s): timm models by name, ready to train."""
+"""StudentNets (g_s): models of timm's registry by name, ready to train."""
+
+import inspect
+from difflib import get_close_matches
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from mentorch.engine.config import Precision, StudentConfig
+from mentorch.engine.students import STUDENTS  # importing it registers them with timm
 
 
-def create_student(config: StudentConfig, num_classes: int, device: torch.device) -> nn.Module:
+def create_student(
+    config: StudentConfig,
+    num_classes: int,
+    device: torch.device,
+    in_chans: int = 3,
+    img_size: int | None = None,
+) -> nn.Module:
     """A student with fresh weights.
 
     Args:
         config: which model.
         num_classes: width of its classifier.
         device: where it shall live.
+        in_chans: channels of the images.
+        img_size: side of the images, pixels. Only those of our students that depend on it are told
+            it; None leaves them at their own.
 
     Raises:
-        ValueError: timm has no such model; the message has the nearest names.
+        ValueError: there is no such model; the message has the nearest names.
     """
     if not timm.is_model(config.name):
-        near = timm.list_models(f"*{config.name.split('_')[0]}*")[:8]
-        raise ValueError(
-            f"timm has no model {config.name!r}. Near it: {', '.join(near) or 'nothing'}; "
-            "timm.list_models() lists all"
-        )
-    student: nn.Module = timm.create_model(
-        config.name, pretrained=False, num_classes=num_classes, drop_rate=config.drop_rate
-    )
+        raise ValueError(_unknown(config.name))
+    arguments = {"num_classes": num_classes, "drop_rate": config.drop_rate, "in_chans": in_chans}
+    # timm's entrypoints hide img_size behind **kwargs, and most of its models reject it; ours that
+    # depend on it name it.
+    named = inspect.signature(timm.models.model_entrypoint(config.name)).parameters
+    if img_size is not None and "img_size" in named:
+        arguments["img_size"] = img_size
+    student: nn.Module = timm.create_model(config.name, pretrained=False, **arguments)
     student.to(device)
     if config.channels_last:
         student.to(memory_format=torch.channels_last)
     return student
+
+
+def _unknown(name: str) -> str:
+    near = get_close_matches(name, STUDENTS) + timm.list_models(f"*{name.split('_')[0]}*")
+    return (
+        f"there is no model {name!r}. Near it: {', '.join(dict.fromkeys(near[:8])) or 'nothing'}; "
+        f"timm.list_models() lists timm's, and ours are {', '.join(STUDENTS)}"
+    )
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -28,6 +28,7 @@ class Stream(IntEnum):
     CROP = 2
     FLIP = 3
     LABEL_NOISE = 4
+    TRUSTED = 5
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,13 @@
 """What `mentorch index …` and `mentorch noise` run: functions whose signatures are the options."""
 
 from pathlib import Path
-from typing import Literal
 
 from tyro.conf import Positional
 
 from mentorch.engine.data.folder import index_folder
 from mentorch.engine.data.imagenet import index_imagenet
 from mentorch.engine.data.index import Index
+from mentorch.engine.data.noise_kinds import NoiseKind, read_matrix
 from mentorch.engine.data.webvision import index_webvision
 
 
@@ -74,33 +74,46 @@ def folder(
 def noise(
     index: Positional[Path],
     *,
-    rate: float,
-    kind: Literal["symmetric", "symmetric-other"] = "symmetric",
+    rate: float | None = None,
+    kind: NoiseKind = "symmetric",
     seed: int = 0,
+    mapping: str | None = None,
+    matrix: Path | None = None,
     split: str = "train",
     max_label: int | None = None,
     out: Path | None = None,
 ) -> Index:
-    """Inject symmetric label noise into an index; the images are not touched.
+    """Inject label noise into an index; the images are not touched.
 
     Args:
         index: the Parquet file of an index without injected noise.
-        rate: probability that a label is replaced, from 0 to 1.
-        kind: symmetric draws from all classes (the paper), symmetric-other from the others.
+        rate: probability that a label is replaced, from 0 to 1; not for matrix, which says it.
+        kind: symmetric draws from all classes (the paper), symmetric-other from the others; pair
+            makes class c the class c + 1; asymmetric follows --mapping, matrix follows --matrix;
+            instance depends on the image, of which it reads a grey thumbnail.
         seed: what the noise depends on, besides each sample's id.
+        mapping: confusable classes: mnist, fashion_mnist, cifar10, cifar100, or pairs "3:5,5:3".
+        matrix: a .npy or .csv file, row i the probabilities of the given labels of class i.
         split: the split that gets noise.
         max_label: noise only among the labels below this; 50 is the mini protocol.
         out: the Parquet file to write; by default beside INDEX, named by kind, rate and seed.
     """
-    from mentorch.engine.data.noise import add_symmetric_noise  # imports torch
+    from mentorch.engine.data.noise import Noise, add_noise  # imports torch
 
-    out = out or index.with_name(f"{index.stem}.{kind}-{rate:g}-seed{seed}.parquet")
+    strength = matrix.stem if matrix is not None else "none" if rate is None else f"{rate:g}"
+    out = out or index.with_name(f"{index.stem}.{kind}-{strength}-seed{seed}.parquet")
     if out.exists() and out.samefile(index):
         raise ValueError(f"--out {out} is the index without noise itself; give it another name")
-    noisy = add_symmetric_noise(
-        Index.read(index, need_root=False), rate, kind, seed, split, max_label
-    )
+    table = read_matrix(matrix) if matrix is not None else None
+    what = Noise(kind, rate, seed, mapping, table)
+    noisy = add_noise(Index.read(index, need_root=kind == "instance"), what, split, max_label)
     noisy.write(out)
     assert noisy.noise is not None
-    print(f"{out}: {noisy.noise['wrong_share']:.4f} of the labels of {split} are wrong")
+    wrong, changed, expected = (
+        noisy.noise[f"{share}_share"] for share in ("wrong", "changed", "expected")
+    )
+    print(
+        f"{out}: {wrong:.4f} of the labels of {split} are wrong "
+        f"({changed:.4f} changed, {expected:.4f} expected)"
+    )
     return noisy

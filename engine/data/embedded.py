@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from mentorch.engine.data.noise import symmetric_noise
+from mentorch.engine.data.noise import Noise
 from mentorch.kernels.philox import Stream, philox
 
 NOISE_RATE = 0.4
@@ -140,7 +140,7 @@ def _split(pixels: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]) -> dict
 
 def _write_train(root: Path, source: str, part: _Digits) -> list[str]:
     """Writes the images and the list of one source; returns lines with the clean labels."""
-    noisy = symmetric_noise(part.clean, 10, NOISE_RATE, seed=SEED, sample_ids=part.ids)
+    noisy = Noise("symmetric", NOISE_RATE, SEED).apply(part.clean, 10, part.ids)
     query = (
         noisy * QUERIES + part.ids % QUERIES + 1
     )  # whoever searched for the wrong label found it

@@ -32,8 +32,8 @@ def compiled(arch, only):
 @pytest.mark.parametrize(
     ("arch", "only"),
     [
-        # A cold compiler cache makes each case cost seconds: fp16 loads like bf16, and the forms of
-        # the fused step are tried on one size, the sizes on one form. The tool itself does them all.
+        # A cold compiler cache makes each case cost seconds: fp16 loads like bf16, the forms of the
+        # fused step are tried on one size, the sizes on one form. The tool itself does them all.
         (90, "cross_entropy .*(bf16|fp32)"),
         (90, "reweight linear.*, one line bf16"),
         (90, "reweight mentornet.*, one line bf16"),

@@ -53,7 +53,7 @@ def _step(config, scale=None):
     torch.manual_seed(1)
     student(torch.randn(8, 3, 4, 4)).square().sum().backward()
     if scale is not None:
-        add_weight_decay(optimizer, config.weight_decay, torch.tensor([8 * scale, 8.0]), 1)
+        add_weight_decay(student, config.weight_decay, torch.tensor([8 * scale, 8.0]), 1)
     optimizer.step()
     return torch.cat([p.detach().flatten() for p in student.parameters()])
 

@@ -22,6 +22,32 @@ def test_index_then_noise(webvision, tmp_path):
     assert Index.read(out).noise["seed"] == 3
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (("pair", "--rate", 0.4), "pair-0.4"),
+        (("asymmetric", "--rate", 0.4, "--mapping", "0:1,1:0"), "asymmetric-0.4"),
+        (("instance", "--rate", 0.4), "instance-0.4"),
+        (("matrix", "--matrix", "T.csv"), "matrix-T"),
+    ],
+)
+def test_kinds_of_noise(webvision, put, monkeypatch, capsys, options, name):
+    monkeypatch.chdir(webvision)
+    put("T.csv", "0,1,0,0\n" * 4)
+    _run("webvision", webvision, "--workers", 0)
+    noisy = _run("noise", "webvision.index.parquet", "--kind", *options)
+    read = Index.read(webvision / f"webvision.index.{name}-seed0.parquet")
+    assert read.noise == noisy.noise
+    assert read.noise["kind"] == options[0]
+    assert "expected)" in capsys.readouterr().out
+
+
+def test_noise_without_a_rate(webvision):
+    _run("webvision", webvision, "--workers", 0)
+    with pytest.raises(ValueError, match="noise rate is None"):
+        commands.noise(webvision / "webvision.index.parquet")
+
+
 def test_imagenet_options(put, tmp_path):
     put("val/x.JPEG")
     words = put("labels", "x.JPEG 1\n"), put("classes", "n00000000 a\nn00000001 b\n")

@@ -1,0 +1,1 @@
+"""Comparing methods on small image sets with known noise: run, collect, report."""

@@ -1,0 +1,70 @@
+"""What SPADE needs of a loss: weights for a batch, and perhaps a curriculum that changes."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mentorch.kernels.reweight import Reweighted
+
+
+class Criterion(nn.Module):
+    """A loss over noisy labels: `Reweight`, what it is compared with, or your own.
+
+    In training mode every call is one step; in eval mode it is plain mean cross-entropy. Parameters
+    that a criterion has of its own are trained along with the student, without weight decay.
+
+    Args:
+        ignore_index: label of rows that do not count.
+        group: ranks whose batches form one.
+    """
+
+    loss_moving_avg: Tensor
+    """ℓ_pt, nats, 0-d; stays 0 where there is none."""
+
+    def __init__(self, *, ignore_index: int = -100, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.group = group
+        self.register_buffer("loss_moving_avg", torch.zeros(()))
+
+    def weigh(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
+        """One training step with everything it computed: loss, sample losses, weights, ℓ_pt.
+
+        Args:
+            logits: [B, C].
+            labels: [B] int64; ``ignore_index`` for rows that do not count.
+            index: [B] int64 sample ids; below 0 for rows that are no sample.
+        """
+        raise NotImplementedError
+
+    def update_curriculum(self, step: int) -> None:
+        """Lines 5 to 7 of Algorithm 1, called before every step; most curricula stay as they are.
+
+        Args:
+            step: training steps taken so far.
+        """
+
+    def forward(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Tensor:
+        """The loss to call ``backward`` on; arguments as `weigh`."""
+        if self.training:
+            return self.weigh(logits, labels, index).loss
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(dtype), labels.long(), ignore_index=self.ignore_index)
+
+
+def count_rows(valid: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """What to divide a rank's sum by, so that averaging over ranks gives the global mean.
+
+    Args:
+        valid: [B] bool, the rows that count.
+        group: the ranks.
+
+    Returns:
+        0-d float32: valid rows of all ranks over the number of ranks, at least 1 over it.
+    """
+    count = valid.sum().to(torch.float32)
+    if group is None:
+        return count.clamp(min=1)
+    dist.all_reduce(count, group=group)
+    return count.clamp(min=1) / dist.get_world_size(group)

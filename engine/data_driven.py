@@ -1,0 +1,268 @@
+"""MentorNet DD: a curriculum learned from samples whose labels are known to be right or wrong.
+
+    D' = {(z_i, v*_i)},  v*_i = 1[label i is right]          Sec. 3.1, "data-driven curriculums"
+
+The student itself makes the features z as it trains (`VisitLog`); Θ minimises the cross-entropy to
+v* (`fit_visits`). Learned on one data set and saved, such a MentorNet is used like any other. Or it
+is learned again at given points of the very run it steers (`DataDriven`; Algorithm 1, line 6).
+
+docs/data_driven.md is the study that the defaults come from. Shapes: n samples of D', V visits
+kept a sample, N samples of the data set.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mentorch.engine.mentor import MentorNet
+from mentorch.engine.mentor_training import Features, fit_error, fit_weights, split_points
+from mentorch.engine.reweight import Reweight
+from mentorch.kernels.mentor import EPOCHS
+from mentorch.kernels.reweight import Reweighted
+
+
+class Trusted(NamedTuple):
+    """D': samples whose labels somebody has checked."""
+
+    sample_ids: Tensor  # [n] int64, distinct
+    is_right: Tensor  # [n] bool: the given label is the true one
+
+
+class VisitLog(nn.Module):
+    """Loss, loss difference and progress of the last V visits of D', on the device.
+
+    Args:
+        trusted: D'.
+        num_samples: N; sample ids are below it.
+        visits: V.
+
+    Raises:
+        ValueError: an id out of range or twice, or no visit to keep.
+    """
+
+    slot_N: Tensor  # row of the table; n, a scratch row, for samples outside D'
+    table: Tensor  # [n + 1, V, 4]: loss, difference, epoch percentage, step; NaN where empty
+    seen: Tensor  # [n + 1] visits so far
+
+    def __init__(self, trusted: Trusted, num_samples: int, visits: int) -> None:
+        super().__init__()
+        ids = trusted.sample_ids.cpu()
+        count = len(ids)
+        if visits < 1:
+            raise ValueError(f"at least 1 visit must be kept, got {visits}")
+        if count and not 0 <= int(ids.min()) <= int(ids.max()) < num_samples:
+            raise ValueError(f"trusted sample ids must be in [0, {num_samples})")
+        if len(ids.unique()) != count:
+            raise ValueError("a sample comes twice among the trusted ones")
+        slots = torch.full((num_samples + 1,), count)
+        slots[ids] = torch.arange(count)
+        self.register_buffer("slot_N", slots)
+        self.register_buffer("table", torch.full((count + 1, visits, 4), torch.nan))
+        self.register_buffer("seen", torch.zeros(count + 1, dtype=torch.int64))
+
+    @torch.no_grad()
+    def record(
+        self, sample_ids: Tensor, loss: Tensor, diff: Tensor, pct: Tensor, step: Tensor
+    ) -> None:
+        """Notes a step's batch; samples outside D' and rows that are no sample leave no trace.
+
+        Args:
+            sample_ids: [B] int64.
+            loss: [B], nats.
+            diff: [B], ℓ − ℓ_pt.
+            pct: epoch percentage, 0-d.
+            step: of training, 0-d.
+        """
+        slots = self.slot_N[sample_ids]  # id −1 reads the last entry, which is no sample
+        column = self.seen[slots] % self.table.shape[1]
+        progress = torch.stack([pct, step]).to(loss.dtype).expand(len(loss), 2)
+        self.table[slots, column] = torch.cat([loss[:, None], diff[:, None], progress], 1)
+        self.seen[slots] += 1
+
+    def latest(self, group: dist.ProcessGroup | None = None) -> Tensor:
+        """[n, V, 4], the latest V visits over all ranks, oldest first; NaN where there were less.
+
+        Args:
+            group: ranks that each log a share of the visits.
+        """
+        table = self.table[:-1]
+        if group is not None and dist.get_world_size(group) > 1:
+            tables = [torch.empty_like(table) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(tables, table.contiguous(), group=group)
+            table = torch.cat(tables, dim=1)
+        order = table[:, :, 3].nan_to_num(-1.0).argsort(dim=1, stable=True)
+        table = table.gather(1, order.unsqueeze(2).expand_as(table))
+        return table[:, -self.table.shape[1] :]
+
+
+def features_of(visits: Tensor, is_right: Tensor) -> tuple[Features, Tensor]:
+    """Every visit as one point to learn from.
+
+    Args:
+        visits: [n, V, 4] of `VisitLog.latest`.
+        is_right: [n] bool.
+
+    Returns:
+        The features of the visits there were, and v* of each, float32.
+
+    Raises:
+        ValueError: no visit at all.
+    """
+    there = ~visits[:, :, 0].isnan()
+    if not bool(there.any()):
+        raise ValueError("none of the trusted samples has been visited yet: nothing to learn from")
+    target = is_right.to(visits.device)[:, None].expand(there.shape)[there].to(torch.float32)
+    loss, diff, pct, _ = visits[there].unbind(1)
+    zeros = torch.zeros_like(loss, dtype=torch.int64)
+    return Features(loss.contiguous(), diff.contiguous(), zeros, pct.to(torch.int64)), target
+
+
+def sharpen(mentor: MentorNet, sharpness: float) -> MentorNet:
+    """Multiplies the logit of the weight, in place: v = σ(s · logit).
+
+    At 1 the weight is P(label right | z); above, it tends to the decision 1[P > ½].
+    """
+    with torch.no_grad():
+        mentor.fc2.weight.mul_(sharpness)
+        mentor.fc2.bias.mul_(sharpness)
+    return mentor
+
+
+def fit_visits(
+    features: Features,
+    is_right: Tensor,
+    *,
+    seed: int = 0,
+    steps: int = 1000,
+    use_epoch: bool = False,
+    sharpness: float = 1.0,
+) -> MentorNet:
+    """Learns Θ of a data-driven curriculum.
+
+    Args:
+        features: z of the visits.
+        is_right: v*, float32 0 or 1, like ``features.loss``.
+        seed: of Θ and the order of the points.
+        steps: of the optimiser.
+        use_epoch: read the training progress; otherwise the curriculum is the same throughout.
+        sharpness: see `sharpen`.
+
+    Returns:
+        The MentorNet; its ``card`` has the fit on 20% of the points, which were held out.
+
+    Raises:
+        ValueError: all labels right or all wrong: nothing to tell apart.
+    """
+    right = int(is_right.sum())
+    if right in (0, len(is_right)):
+        raise ValueError(
+            f"{right} of {len(is_right)} trusted visits have a right label: a curriculum needs "
+            "both right and wrong labels to learn from"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mentor = MentorNet()
+    mentor.to(features.loss.device)
+    if not use_epoch:
+        with torch.no_grad():  # the same row for every percentage, whatever is learned elsewhere
+            mentor.epoch_embedding.zero_()
+        mentor.epoch_embedding.requires_grad_(False)
+    learn, held_out = (part.to(is_right.device) for part in split_points(len(is_right), seed))
+    fit_weights(mentor, features.rows(learn), is_right[learn], seed=seed, steps=steps)
+    error = fit_error(mentor, features.rows(held_out), is_right[held_out])
+    mentor.card = {
+        "target": "1[label is right]",
+        "visits": len(is_right),
+        "right": right,
+        "seed": seed,
+        "steps": steps,
+        "use_epoch": use_epoch,
+        "sharpness": sharpness,
+        "held_out": error,
+        "torch": torch.__version__,
+    }
+    return sharpen(mentor, sharpness)
+
+
+class DataDriven(Reweight):
+    """MentorNet DD learned from the run it steers.
+
+    Until the first point of learning the weights are those of the burn-in, which must last until
+    then. D' is trained on like all samples, so that its features are those of a trained sample.
+
+    Args:
+        trusted: D'.
+        num_samples: N of the data set.
+        total_steps: training steps in all.
+        learn_at: shares of training at which Θ is learned (again), the first at ``burn_in``.
+        visits: how many of the last visits of each sample of D' are learned from.
+        fit_steps: of the optimiser, each time.
+        sharpness: see `sharpen`.
+        settings: further options of `Reweight`, but no history.
+
+    Raises:
+        ValueError: the first learning comes after the burn-in, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        trusted: Trusted,
+        *,
+        num_samples: int,
+        total_steps: int,
+        learn_at: Sequence[float] = (0.2, 0.5, 0.75),
+        visits: int = 1,
+        fit_steps: int = 1000,
+        sharpness: float = 1.0,
+        burn_in: float = 0.2,
+        seed: int = 0,
+        **settings: object,
+    ) -> None:
+        super().__init__(
+            MentorNet(), total_steps=total_steps, burn_in=burn_in, seed=seed, **settings  # type: ignore[arg-type]
+        )  # fmt: skip
+        if not learn_at or min(learn_at) <= 0 or max(learn_at) >= 1:
+            raise ValueError(f"learn_at are shares of training in (0, 1), got {tuple(learn_at)}")
+        if min(learn_at) > round(burn_in * EPOCHS) / EPOCHS:
+            raise ValueError(
+                f"the curriculum is first learned at {min(learn_at)} of training, but the burn-in "
+                f"ends at {burn_in}: there would be none in between"
+            )
+        self.learn_steps = {round(share * total_steps) for share in learn_at}
+        self.fit_steps, self.sharpness = fit_steps, sharpness
+        self.learned: dict[int, MentorNet] = {}  # by step, those of this process, for reports
+        self.register_buffer("is_right", trusted.is_right.clone())
+        self.log = VisitLog(trusted, num_samples, visits)
+
+    def weigh(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
+        """One training step; arguments as `Criterion.weigh`, ``index`` required.
+
+        Raises:
+            ValueError: no ``index``.
+        """
+        if index is None:
+            raise ValueError("trusted samples are known by their ids: call criterion(…, index)")
+        pct, step = self.epoch_pct(), self.step.clone()
+        out = super().weigh(logits, labels, index)
+        diff = out.sample_loss - out.loss_moving_avg
+        self.log.record(index, out.sample_loss.float(), diff.float(), pct, step)
+        return out
+
+    def update_curriculum(self, step: int) -> None:
+        """Learns Θ when it is time (line 6); the parameters keep their places in memory."""
+        if step not in self.learn_steps:
+            return
+        features, target = features_of(self.log.latest(self.group), self.is_right)
+        found = fit_visits(
+            features, target, seed=self.seed, steps=self.fit_steps, sharpness=self.sharpness
+        )
+        assert self.mentor is not None
+        self.mentor.load_state_dict(found.state_dict())
+        self.mentor.card = found.card
+        self.learned[step] = found
+        if self.group is not None and dist.get_world_size(self.group) > 1:
+            for parameter in self.mentor.parameters():  # the same to the last bit everywhere
+                dist.broadcast(parameter.data, src=0, group=self.group)

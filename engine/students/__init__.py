@@ -1,0 +1,9 @@
+"""StudentNets that timm has not. Importing this package puts them into timm's registry.
+
+`timm.create_model(name, num_classes=…, in_chans=…, drop_rate=…)` makes them like its own models.
+"""
+
+from mentorch.engine.students import paper, small
+from mentorch.engine.students.registry import STUDENTS
+
+__all__ = ["STUDENTS", "paper", "small"]
