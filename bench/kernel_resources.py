@@ -236,16 +236,25 @@ def _mentor(units: int, hidden: int) -> MentorWeights:
     )  # fmt: skip
 
 
+def _perceptron(steps: int, hidden: int) -> MentorWeights:
+    """The two-layer perceptron on the visits as they are."""
+    return _mentor(steps, hidden)._replace(forward=None, backward=None, encoder="none")
+
+
 def _reweight_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     linear = ClosedForm("linear")
     coins, exact = ExampleDropout(20, 0.5, 0.1), ExampleDropout(20, 0.5, 0.1, exact=True)
     released, wide = _mentor(1, 20), _mentor(16, 64)
+    logistic = _perceptron(1, 1)._replace(activation="linear")
     variants: list[tuple[str, Curriculum, ExampleDropout, int, str]] = [
         ("linear", linear, coins, 1, "two launches"),
         ("linear, exact dropout", linear, exact, 1, "two launches"),
         ("mentornet", released, coins, 1, "two launches"),
         ("mentornet T=5", released, coins, 5, "two launches"),
         ("mentornet H=16 F=64", wide, coins, 1, "two launches"),
+        ("mentornet logistic", logistic, coins, 1, "two launches"),
+        ("mentornet perceptron T=5", _perceptron(5, 20), coins, 5, "two launches"),
+        ("pd_mixture", ClosedForm("pd_mixture"), coins, 1, "two launches"),
         ("linear, row by row", linear, coins, 1, "row by row"),
         ("mentornet, row by row", released, coins, 1, "row by row"),
         ("linear, on the chip", linear, coins, 1, "on the chip"),

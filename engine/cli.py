@@ -55,8 +55,9 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def main() -> None:
-    """`mentorch`: index, noise, train-mentor."""
+    """`mentorch`: index, noise, train-mentor, mentor-table."""
     from mentorch.engine.data import commands
+    from mentorch.engine.fit_table import mentor_table
     from mentorch.engine.mentor_training import train_mentor
 
     app = tyro.extras.SubcommandApp()
@@ -66,5 +67,6 @@ def main() -> None:
     app.command(index, name="index", help="Make the index of a data set; verify its images.")
     app.command(commands.noise)
     app.command(train_mentor)
+    app.command(mentor_table)
     about = "Indexes, label noise and MentorNets. Training starts from recipes/, under torchrun."
     sys.exit(run_cleanly(lambda: app.cli(description=about)))

@@ -122,6 +122,9 @@ class CurriculumConfig:
     """Drop an exact count of samples, as the released code does, instead of tossing coins."""
     percentile_over: Literal["global", "local"] = "global"
     """Take the percentile over the batches of all ranks, or of each rank for itself."""
+    freeze_epoch: bool = False
+    """After burn-in let a MentorNet read the epoch percentage at which that ended, as released for
+    DD."""
     moving_avg: Literal["updated", "lagged"] = "updated"
     """Compare losses with ℓ_pt after their batch (the paper), or before it (one pass on a GPU)."""
     history_steps: int = 1
@@ -135,6 +138,8 @@ class CurriculumConfig:
     of the training samples, drawn by the seed among those with a known clean label, is its D'."""
     learn_at: tuple[float, ...] = (0.2, 0.5, 0.75)
     """Then: shares of training at which it is learned again, the first at the end of burn-in."""
+    lstm_units: int = 1
+    """Then: hidden units of its bi-LSTM, a direction."""
     sharpness: float = 1.0
     """Then: what the logit of the weight is multiplied by. 1: the weight is the probability that
     the label is right; large: it is 1 where that is above ½."""

@@ -100,6 +100,7 @@ def create_criterion(
         "burn_in_dropout": config.burn_in_dropout,
         "example_dropout": config.example_dropout,
         "exact_dropout": config.exact_dropout,
+        "freeze_epoch": config.freeze_epoch,
         "seed": seed,
         "ignore_index": IGNORED,
         "group": group,
@@ -110,6 +111,8 @@ def create_criterion(
             trusted,
             num_samples=len(labels_N),
             learn_at=config.learn_at,
+            history_steps=config.history_steps,
+            lstm_units=config.lstm_units,
             sharpness=config.sharpness,
             **settings,
         ).to(device)

@@ -120,6 +120,30 @@ def features_of(visits: Tensor, is_right: Tensor) -> tuple[Features, Tensor]:
     return Features(loss.contiguous(), diff.contiguous(), zeros, pct.to(torch.int64)), target
 
 
+def features_of_history(history: Tensor, trusted: Trusted, pct: Tensor) -> tuple[Features, Tensor]:
+    """Every trusted sample's last T visits as one point to learn from.
+
+    Args:
+        history: [N + 1, T, 2], see `mentorch.kernels.history`.
+        trusted: D'.
+        pct: epoch percentage now, 0-d.
+
+    Returns:
+        The features of the samples that have been visited, [n', T], and v* of each, float32.
+
+    Raises:
+        ValueError: none has.
+    """
+    loss, diff = history[trusted.sample_ids].unbind(2)
+    seen = ~loss[:, -1].isnan()
+    if not bool(seen.any()):
+        raise ValueError("none of the trusted samples has been visited yet: nothing to learn from")
+    ids = trusted.sample_ids[seen]
+    zeros = torch.zeros_like(ids)
+    features = Features(loss[seen], diff[seen], zeros, zeros + pct)
+    return features, trusted.is_right[seen].to(torch.float32)
+
+
 def sharpen(mentor: MentorNet, sharpness: float) -> MentorNet:
     """Multiplies the logit of the weight, in place: v = σ(s · logit).
 
@@ -137,6 +161,7 @@ def fit_visits(
     *,
     seed: int = 0,
     steps: int = 1000,
+    lstm_units: int = 1,
     use_epoch: bool = False,
     sharpness: float = 1.0,
 ) -> MentorNet:
@@ -147,6 +172,7 @@ def fit_visits(
         is_right: v*, float32 0 or 1, like ``features.loss``.
         seed: of Θ and the order of the points.
         steps: of the optimiser.
+        lstm_units: of the MentorNet, a direction.
         use_epoch: read the training progress; otherwise the curriculum is the same throughout.
         sharpness: see `sharpen`.
 
@@ -164,7 +190,7 @@ def fit_visits(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mentor = MentorNet()
+        mentor = MentorNet(lstm_units=lstm_units)
     mentor.to(features.loss.device)
     if not use_epoch:
         with torch.no_grad():  # the same row for every percentage, whatever is learned elsewhere
@@ -198,14 +224,18 @@ class DataDriven(Reweight):
         num_samples: N of the data set.
         total_steps: training steps in all.
         learn_at: shares of training at which Θ is learned (again), the first at ``burn_in``.
-        visits: how many of the last visits of each sample of D' are learned from.
+        history_steps: T. Above 1, a weight is that of a sample's last T visits together.
+        lstm_units: of the MentorNet, a direction.
         fit_steps: of the optimiser, each time.
         sharpness: see `sharpen`.
-        settings: further options of `Reweight`, but no history.
+        settings: further options of `Reweight`.
 
     Raises:
         ValueError: the first learning comes after the burn-in, or a number out of range.
     """
+
+    trusted_ids: Tensor
+    is_right: Tensor
 
     def __init__(
         self,
@@ -214,7 +244,8 @@ class DataDriven(Reweight):
         num_samples: int,
         total_steps: int,
         learn_at: Sequence[float] = (0.2, 0.5, 0.75),
-        visits: int = 1,
+        history_steps: int = 1,
+        lstm_units: int = 1,
         fit_steps: int = 1000,
         sharpness: float = 1.0,
         burn_in: float = 0.2,
@@ -222,8 +253,14 @@ class DataDriven(Reweight):
         **settings: object,
     ) -> None:
         super().__init__(
-            MentorNet(), total_steps=total_steps, burn_in=burn_in, seed=seed, **settings  # type: ignore[arg-type]
-        )  # fmt: skip
+            MentorNet(lstm_units=lstm_units),
+            num_samples=num_samples,
+            total_steps=total_steps,
+            history_steps=history_steps,
+            burn_in=burn_in,
+            seed=seed,
+            **settings,  # type: ignore[arg-type]
+        )
         if not learn_at or min(learn_at) <= 0 or max(learn_at) >= 1:
             raise ValueError(f"learn_at are shares of training in (0, 1), got {tuple(learn_at)}")
         if min(learn_at) > round(burn_in * EPOCHS) / EPOCHS:
@@ -232,10 +269,11 @@ class DataDriven(Reweight):
                 f"ends at {burn_in}: there would be none in between"
             )
         self.learn_steps = {round(share * total_steps) for share in learn_at}
-        self.fit_steps, self.sharpness = fit_steps, sharpness
+        self.fit_options = {"steps": fit_steps, "lstm_units": lstm_units, "sharpness": sharpness}
         self.learned: dict[int, MentorNet] = {}  # by step, those of this process, for reports
+        self.register_buffer("trusted_ids", trusted.sample_ids.clone())
         self.register_buffer("is_right", trusted.is_right.clone())
-        self.log = VisitLog(trusted, num_samples, visits)
+        self.log = VisitLog(trusted, num_samples, 1) if self.history is None else None
 
     def weigh(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
         """One training step; arguments as `Criterion.weigh`, ``index`` required.
@@ -247,18 +285,25 @@ class DataDriven(Reweight):
             raise ValueError("trusted samples are known by their ids: call criterion(…, index)")
         pct, step = self.epoch_pct(), self.step.clone()
         out = super().weigh(logits, labels, index)
-        diff = out.sample_loss - out.loss_moving_avg
-        self.log.record(index, out.sample_loss.float(), diff.float(), pct, step)
+        if self.log is not None:
+            diff = out.sample_loss - out.loss_moving_avg
+            self.log.record(index, out.sample_loss.float(), diff.float(), pct, step)
         return out
+
+    def _features(self) -> tuple[Features, Tensor]:
+        """What D' looks like to the student now."""
+        if self.log is not None:
+            return features_of(self.log.latest(self.group), self.is_right)
+        assert self.history is not None
+        trusted = Trusted(self.trusted_ids, self.is_right)
+        return features_of_history(self.history, trusted, self.epoch_pct())
 
     def update_curriculum(self, step: int) -> None:
         """Learns Θ when it is time (line 6); the parameters keep their places in memory."""
         if step not in self.learn_steps:
             return
-        features, target = features_of(self.log.latest(self.group), self.is_right)
-        found = fit_visits(
-            features, target, seed=self.seed, steps=self.fit_steps, sharpness=self.sharpness
-        )
+        features, target = self._features()
+        found = fit_visits(features, target, seed=self.seed, **self.fit_options)
         assert self.mentor is not None
         self.mentor.load_state_dict(found.state_dict())
         self.mentor.card = found.card

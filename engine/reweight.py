@@ -49,6 +49,8 @@ class Reweight(Criterion):
             whole percents.
         burn_in_dropout: share of samples dropped at random during burn-in (1 − the paper's p).
         example_dropout: share dropped afterwards.
+        freeze_epoch: after burn-in a MentorNet goes on reading the epoch percentage at which that
+            ended, as released for DD: late in the run it was learned from, losses were memorised.
         exact_dropout: drop an exact count, as the released code does, instead of tossing coins.
         seed: of the dropout's random numbers.
         ignore_index: label of rows that do not count.
@@ -83,6 +85,7 @@ class Reweight(Criterion):
         burn_in_dropout: float = 0.5,
         example_dropout: float = 0.0,
         exact_dropout: bool = False,
+        freeze_epoch: bool = False,
         seed: int = 0,
         ignore_index: int = -100,
         group: dist.ProcessGroup | None = None,
@@ -118,6 +121,7 @@ class Reweight(Criterion):
         self.dropout = ExampleDropout(
             round(burn_in * EPOCHS), burn_in_dropout, example_dropout, exact_dropout
         )
+        self.freeze_epoch = freeze_epoch
         self.seed = seed
         self.one_launch = one_launch
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -148,11 +152,13 @@ class Reweight(Criterion):
         """
         if self.history is not None and index is None:
             raise ValueError("a history is kept by sample: call criterion(logits, labels, index)")
+        frozen = self.epoch_pct().clamp(max=self.dropout.burn_in_pct) if self.freeze_epoch else None
         return reweight(
             logits,
             labels,
             self.curriculum(),
             self.loss_moving_avg,
+            frozen,
             step=self.step,
             total_steps=self.total_steps,
             loss_percentile=self.loss_percentile,

@@ -8,9 +8,13 @@ Closed forms (x is the loss difference ℓ − ℓ_pt, or the loss itself with `
                                                               λ2 = 0: self_paced
     focal          (1 − exp(−ℓ))^γ                            Eq. 8
     hard_example   1[x > λ1], what self_paced leaves out      hard-example mining
+    pd_mixture     1 to epoch 18, self_paced to 89, linear    the released code's MentorNet PD
+                   from 90 (in percent of training)
 
 MentorNet (Fig. 1): bi-LSTM over the last T (loss, difference) pairs, embeddings of label and epoch
-percentage, fc1 tanh, fc2 sigmoid.
+percentage, fc1 tanh, fc2 sigmoid. Without the LSTM (``encoder="none"``) the T pairs go into fc1 as
+they are, oldest first and 0 where absent: the two-layer perceptron of Appendix D; with a linear fc1
+of one unit besides, a logistic regression.
 
 On a GPU a program weighs a tile of samples with everything in registers; Θ (a few kilobytes) is
 read once a tile. All dims are free: products go one column at a time, since they are too small for
@@ -20,7 +24,7 @@ Shapes: B batch, M samples of a tile, T history steps, H LSTM units a direction,
 F fc1 units.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -28,8 +32,11 @@ from torch import Tensor
 
 from mentorch.kernels.backend import tl, triton
 
-ClosedFormKind = Literal["uniform", "self_paced", "linear", "focal", "hard_example"]
+ClosedFormKind = Literal["uniform", "self_paced", "linear", "focal", "hard_example", "pd_mixture"]
 EPOCHS = 100  # the epoch percentage is an integer in [0, 99]
+LAST_UNIFORM_PCT, FIRST_LINEAR_PCT = 18, 90  # of pd_mixture, as released
+_LAST_UNIFORM = tl.constexpr(LAST_UNIFORM_PCT)  # kernels read no other globals
+_FIRST_LINEAR = tl.constexpr(FIRST_LINEAR_PCT)
 
 
 @dataclass(frozen=True)
@@ -75,36 +82,76 @@ class MentorWeights(NamedTuple):
 
     label_embedding: Tensor  # [L, E_label]
     epoch_embedding: Tensor  # [100, E_epoch]
-    forward: LstmWeights
-    backward: LstmWeights
-    fc1_weight: Tensor  # [F, E_label + E_epoch + 2H]
+    forward: LstmWeights | None  # None without an LSTM
+    backward: LstmWeights | None
+    fc1_weight: Tensor  # [F, E_label + E_epoch + 2H]; 2T for 2H without an LSTM
     fc1_bias: Tensor  # [F]
     fc2_weight: Tensor  # [1, F]
     fc2_bias: Tensor  # [1]
     use_label: bool = False  # False: the label input is always 0, as released
     lstm_output: str = "h"  # "h", or "c": the released weights pass the cell state on
+    encoder: str = "lstm"  # of the T visits: "lstm", or "none": they go into fc1 as they are
+    activation: str = "tanh"  # of fc1: "tanh" or "linear"
+
+    @property
+    def lstm_units(self) -> int:
+        """H; 0 without an LSTM."""
+        return 0 if self.forward is None else self.forward.weight_hh.shape[1]
+
+    def check_steps(self, steps: int) -> None:
+        """An LSTM takes any number of visits, a fully connected layer its own.
+
+        Raises:
+            ValueError: not the T that fc1 was made for.
+        """
+        embedded = self.label_embedding.shape[1] + self.epoch_embedding.shape[1]
+        known = (self.fc1_weight.shape[1] - embedded) // 2
+        if self.encoder == "none" and steps != known:
+            raise ValueError(
+                f"this MentorNet has no LSTM and reads T = {known} visits of a sample, got "
+                f"{steps}; keep a history of {known} steps, or learn one with encoder='lstm'"
+            )
 
 
 Curriculum = ClosedForm | MentorWeights
 
 
-def closed_form_ref(form: ClosedForm, loss: Tensor, loss_diff: Tensor) -> Tensor:
+def _pd_mixture_ref(form: ClosedForm, x: Tensor, epoch_pct: Tensor | int) -> Tensor:
+    """The released MentorNet PD: all samples, then the easy ones, then by Eq. 7."""
+    epoch = torch.as_tensor(epoch_pct, device=x.device)
+    easy = closed_form_ref(replace(form, kind="self_paced", on="loss"), x, x)
+    linear = closed_form_ref(replace(form, kind="linear", on="loss"), x, x)
+    weight = torch.where(epoch < FIRST_LINEAR_PCT, easy, linear)
+    return torch.where((epoch <= LAST_UNIFORM_PCT) & ~x.isnan(), 1.0, weight)
+
+
+def closed_form_ref(
+    form: ClosedForm, loss: Tensor, loss_diff: Tensor, epoch_pct: Tensor | int | None = None
+) -> Tensor:
     """v* of a closed form (equations above).
 
     Args:
         form: which one.
         loss: ℓ, any shape, nats.
         loss_diff: ℓ − ℓ_pt, same shape.
+        epoch_pct: integer 0..99, 0-d or like ``loss``; only ``pd_mixture`` reads it.
 
     Returns:
         weights in [0, 1], shape and dtype of ``loss``; NaN where the loss is NaN (but for
         ``uniform``).
+
+    Raises:
+        ValueError: ``pd_mixture`` without an epoch.
     """
     x = loss_diff if form.on == "loss_diff" else loss
     if form.kind == "uniform":
         return torch.ones_like(loss)
     if form.kind == "focal":
         return (-torch.expm1(-loss)).clamp(0.0, 1.0) ** form.gamma
+    if form.kind == "pd_mixture":
+        if epoch_pct is None:
+            raise ValueError("pd_mixture changes during training: give epoch_pct, 0 to 99")
+        return _pd_mixture_ref(form, x, epoch_pct)
     if form.kind == "linear" and form.lambda2 > 0:
         return (1.0 - (x - form.lambda1) / form.lambda2).clamp(0.0, 1.0)
     easy = (x <= form.lambda1).to(loss.dtype)
@@ -126,6 +173,16 @@ def _lstm_ref(weights: LstmWeights, steps_BT2: Tensor, output: str) -> Tensor:
     return c if output == "c" else h
 
 
+def _encoded_ref(weights: MentorWeights, steps_BT2: Tensor) -> Tensor:
+    """What fc1 sees of the visits: both LSTMs' last states, or the visits themselves."""
+    if weights.forward is None or weights.backward is None:
+        absent_BT1 = steps_BT2[..., :1].isnan()
+        return steps_BT2.masked_fill(absent_BT1, 0.0).flatten(1)
+    forward_BH = _lstm_ref(weights.forward, steps_BT2, weights.lstm_output)
+    backward_BH = _lstm_ref(weights.backward, steps_BT2.flip(1), weights.lstm_output)
+    return torch.cat([forward_BH, backward_BH], dim=1)
+
+
 def mentornet_ref(
     weights: MentorWeights, loss: Tensor, loss_diff: Tensor, labels: Tensor, epoch_pct: Tensor
 ) -> Tensor:
@@ -141,21 +198,26 @@ def mentornet_ref(
 
     Returns:
         [B], in (0, 1).
+
+    Raises:
+        ValueError: without an LSTM, another T than fc1 takes.
     """
     batch = loss.shape[0]
-    steps_BT2 = torch.stack([loss.view(batch, -1), loss_diff.view(batch, -1)], dim=-1)
+    steps = 1 if loss.ndim == 1 else loss.shape[1]
+    weights.check_steps(steps)
+    steps_BT2 = torch.stack([loss, loss_diff], dim=-1).view(batch, steps, 2)
     steps_BT2 = steps_BT2.to(weights.fc1_weight.dtype)
     label_row = labels.clamp(min=0) if weights.use_label else torch.zeros_like(labels)
     features = torch.cat(
         [
             weights.label_embedding[label_row],
             weights.epoch_embedding[epoch_pct.long().clamp(0, EPOCHS - 1).expand(batch)],
-            _lstm_ref(weights.forward, steps_BT2, weights.lstm_output),
-            _lstm_ref(weights.backward, steps_BT2.flip(1), weights.lstm_output),
+            _encoded_ref(weights, steps_BT2),
         ],
         dim=1,
     )
-    hidden = torch.tanh(features @ weights.fc1_weight.T + weights.fc1_bias)
+    hidden = features @ weights.fc1_weight.T + weights.fc1_bias
+    hidden = hidden.tanh() if weights.activation == "tanh" else hidden
     weight = torch.sigmoid(hidden @ weights.fc2_weight.T + weights.fc2_bias).squeeze(1)
     return torch.where(steps_BT2[:, -1, 0].isnan(), torch.nan, weight)
 
@@ -166,7 +228,7 @@ def sample_weight_ref(
     """The weight of every sample under a curriculum of either kind; arguments as
     `mentornet_ref`."""
     if isinstance(curriculum, ClosedForm):
-        return closed_form_ref(curriculum, loss, loss_diff)
+        return closed_form_ref(curriculum, loss, loss_diff, epoch_pct)
     return mentornet_ref(curriculum, loss, loss_diff, labels, epoch_pct).to(loss.dtype)
 
 
@@ -190,8 +252,13 @@ def _power(x, exponent):
 
 
 @triton.jit
+def _linear(x_M, lambda1, lambda2):
+    return tl.minimum(tl.maximum(1.0 - (x_M - lambda1) / lambda2, 0.0), 1.0)
+
+
+@triton.jit
 def closed_form(
-    loss_M, diff_M, lambda1, lambda2, gamma, KIND: tl.constexpr, ON_LOSS: tl.constexpr
+    loss_M, diff_M, epoch_pct, lambda1, lambda2, gamma, KIND: tl.constexpr, ON_LOSS: tl.constexpr
 ):  # fmt: skip
     """`closed_form_ref`; KIND "linear" with λ2 = 0 comes as "self_paced"."""
     x_M = loss_M if ON_LOSS else diff_M
@@ -205,7 +272,12 @@ def closed_form(
             weight_M = _power(tl.minimum(tl.maximum(p_M, 0.0), 1.0), gamma)
             x_M = loss_M
         elif KIND == "linear":
-            weight_M = tl.minimum(tl.maximum(1.0 - (x_M - lambda1) / lambda2, 0.0), 1.0)
+            weight_M = _linear(x_M, lambda1, lambda2)
+        elif KIND == "pd_mixture":
+            weight_M = _linear(x_M, lambda1, tl.maximum(lambda2, 1e-30))  # λ2 = 0: self-paced
+            easy_M = (x_M <= lambda1).to(tl.float32)
+            weight_M = tl.where(epoch_pct < _FIRST_LINEAR, easy_M, weight_M)
+            weight_M = tl.where(epoch_pct <= _LAST_UNIFORM, 1.0, weight_M)
         elif KIND == "self_paced":
             weight_M = (x_M <= lambda1).to(tl.float32)
         else:
@@ -287,6 +359,30 @@ def _lstm(
 
 
 @triton.jit
+def _add_visit(x_MF, loss_M, diff_M, w_ptr_F, real_F):
+    """x + what fc1 makes of one visit; an absent one (NaN) is 0."""
+    there_M = loss_M == loss_M
+    of_loss_F = tl.load(w_ptr_F, mask=real_F, other=0.0).to(tl.float32)
+    of_diff_F = tl.load(w_ptr_F + 1, mask=real_F, other=0.0).to(tl.float32)
+    x_MF += tl.where(there_M, loss_M, 0.0)[:, None] * of_loss_F[None, :]
+    x_MF += tl.where(there_M, diff_M, 0.0)[:, None] * of_diff_F[None, :]
+    return x_MF
+
+
+@triton.jit
+def _add_visits(
+    x_MF, loss_M, diff_M, past_ptr_M, known_M, w_ptr_F, real_F, T: tl.constexpr
+):  # fmt: skip
+    """x + fc1 of the last T visits as they are, today's last."""
+    if T > 1:
+        for t in range(T - 1):
+            then_loss_M = tl.load(past_ptr_M + 2 * t + 2, mask=known_M, other=float("nan"))
+            then_diff_M = tl.load(past_ptr_M + 2 * t + 3, mask=known_M, other=float("nan"))
+            x_MF = _add_visit(x_MF, then_loss_M, then_diff_M, w_ptr_F + 2 * t, real_F)
+    return _add_visit(x_MF, loss_M, diff_M, w_ptr_F + 2 * (T - 1), real_F)
+
+
+@triton.jit
 def mentornet(
     loss_M,
     diff_M,
@@ -294,7 +390,7 @@ def mentornet(
     known_M,
     label_M,
     epoch_pct,
-    theta,  # pointers, in the order of `theta_tensors`
+    theta,  # pointers, of `MentorWeights` in its order; any for an absent LSTM's
     T: tl.constexpr,
     H: tl.constexpr,
     UNITS: tl.constexpr,  # H and F up to a power of two
@@ -304,16 +400,20 @@ def mentornet(
     EPOCH_DIM: tl.constexpr,
     USE_LABEL: tl.constexpr,
     OUTPUT: tl.constexpr,
+    ENCODER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     """`mentornet_ref` on a tile of samples."""
-    forward_MH = _lstm(
-        loss_M, diff_M, past_ptr_M, known_M, theta[2], theta[3], theta[4], T, H, UNITS, False,
-        OUTPUT,
-    )  # fmt: skip
-    backward_MH = _lstm(
-        loss_M, diff_M, past_ptr_M, known_M, theta[5], theta[6], theta[7], T, H, UNITS, True, OUTPUT
-    )  # fmt: skip
-    inputs = LABEL_DIM + EPOCH_DIM + 2 * H
+    if ENCODER == "lstm":  # before there is an x to keep in registers
+        forward_MH = _lstm(
+            loss_M, diff_M, past_ptr_M, known_M, theta[2], theta[3], theta[4], T, H, UNITS, False,
+            OUTPUT,
+        )  # fmt: skip
+        backward_MH = _lstm(
+            loss_M, diff_M, past_ptr_M, known_M, theta[5], theta[6], theta[7], T, H, UNITS, True,
+            OUTPUT,
+        )  # fmt: skip
+    inputs: tl.constexpr = LABEL_DIM + EPOCH_DIM + (2 * T if ENCODER == "none" else 2 * H)
     unit_F = tl.arange(0, HIDDEN)
     w_ptr_F = theta[8] + unit_F * inputs
     real_F = unit_F < F
@@ -329,9 +429,15 @@ def mentornet(
             x_MF += embedded_M[:, None] * w_F[None, :]
         else:
             x_MF += (w_F * tl.load(theta[0] + e).to(tl.float32))[None, :]
-    of_state = theta[8] + LABEL_DIM + EPOCH_DIM
-    x_MF = _add_product(x_MF, forward_MH, of_state, inputs, H, F)
-    x_MF = _add_product(x_MF, backward_MH, of_state + H, inputs, H, F)
+    if ENCODER == "none":
+        x_MF = _add_visits(
+            x_MF, loss_M, diff_M, past_ptr_M, known_M, w_ptr_F + LABEL_DIM + EPOCH_DIM, real_F, T
+        )  # fmt: skip
+    else:
+        of_state = theta[8] + LABEL_DIM + EPOCH_DIM
+        x_MF = _add_product(x_MF, forward_MH, of_state, inputs, H, F)
+        x_MF = _add_product(x_MF, backward_MH, of_state + H, inputs, H, F)
+    hidden_MF = _tanh(x_MF) if ACTIVATION == "tanh" else x_MF
     w_F = tl.load(theta[10] + unit_F, mask=real_F, other=0.0).to(tl.float32)
-    x_M = tl.sum(_tanh(x_MF) * w_F[None, :], axis=1) + tl.load(theta[11]).to(tl.float32)
+    x_M = tl.sum(hidden_MF * w_F[None, :], axis=1) + tl.load(theta[11]).to(tl.float32)
     return tl.where(loss_M != loss_M, loss_M, _sigmoid(x_M))

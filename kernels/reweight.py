@@ -41,7 +41,7 @@ from mentorch.kernels.fused import (
     weigh,
 )
 from mentorch.kernels.history import history_steps_ref, update_history_ref
-from mentorch.kernels.mentor import Curriculum, MentorWeights, sample_weight_ref
+from mentorch.kernels.mentor import Curriculum, LstmWeights, MentorWeights, sample_weight_ref
 from mentorch.kernels.percentile import check_moving_average, moving_average_ref, percentile_ref
 from mentorch.kernels.weigh import Plan
 
@@ -98,6 +98,7 @@ def _check(
     elsewhere = {"loss_moving_avg": loss_moving_avg, "step": step, "epoch_pct": epoch_pct}
     elsewhere |= {"sample_ids (index)": sample_ids, "history": history}
     if isinstance(curriculum, MentorWeights):
+        curriculum.check_steps(1 if history is None else history.shape[1])
         elsewhere["the MentorNet"] = curriculum.fc1_weight
     for name, tensor in elsewhere.items():
         if isinstance(tensor, Tensor) and tensor.device != logits.device:
@@ -370,9 +371,14 @@ def reweight(
 
 
 def _theta(curriculum: Curriculum) -> list[Tensor]:
-    """The tensors of a MentorNet in the order in which the kernels read them."""
+    """The tensors of a MentorNet in the order in which the kernels read them.
+
+    Those of an LSTM that it lacks are not read; fc1's bias holds their places.
+    """
     if not isinstance(curriculum, MentorWeights):
         return []
     w = curriculum
-    tensors = [w.label_embedding, w.epoch_embedding, *w.forward, *w.backward]
+    absent = (w.fc1_bias,) * len(LstmWeights._fields)
+    tensors = [w.label_embedding, w.epoch_embedding, *(w.forward or absent)]
+    tensors += w.backward or absent
     return [t.detach() for t in (*tensors, w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias)]

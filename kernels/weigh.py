@@ -49,6 +49,8 @@ class Plan:
     hidden: int  # F
     use_label: bool
     lstm_output: str
+    encoder: str
+    activation: str
     steps: int  # T
     dropout: str  # "none", "coins" or "exact"
     burn_in_pct: int
@@ -70,7 +72,8 @@ class Plan:
     ) -> "Plan":
         """The plan of a curriculum and a dropout; ``rest``: the fields from the percentile on."""
         fields: dict[str, object] = dict.fromkeys(cls.__dataclass_fields__, 0)
-        fields |= {"kind": "mentornet", "lstm_output": "h", "dropout": "none", "steps": steps}
+        fields |= {"kind": "mentornet", "lstm_output": "h", "encoder": "lstm"}
+        fields |= {"activation": "tanh", "dropout": "none", "steps": steps}
         if isinstance(curriculum, ClosedForm):
             kind = curriculum.kind
             fields |= {
@@ -85,10 +88,12 @@ class Plan:
                 "known_labels": curriculum.label_embedding.shape[0],
                 "label_dim": curriculum.label_embedding.shape[1],
                 "epoch_dim": curriculum.epoch_embedding.shape[1],
-                "units": curriculum.forward.weight_hh.shape[1],
+                "units": curriculum.lstm_units,
                 "hidden": curriculum.fc1_weight.shape[0],
                 "use_label": curriculum.use_label,
                 "lstm_output": curriculum.lstm_output,
+                "encoder": curriculum.encoder,
+                "activation": curriculum.activation,
             }
         if dropout is not None:
             fields |= {
@@ -178,16 +183,18 @@ def curriculum_weight(
         EPOCH_DIM: tl.constexpr = PLAN.epoch_dim
         USE_LABEL: tl.constexpr = PLAN.use_label
         OUTPUT: tl.constexpr = PLAN.lstm_output
+        ENCODER: tl.constexpr = PLAN.encoder
+        ACTIVATION: tl.constexpr = PLAN.activation
         known_M = there_M & (id_M >= 0) & (id_M < N)
         past_ptr_M = history_ptr + id_M * (2 * T) if T > 1 else id_M
         label_M = tl.minimum(tl.maximum(label_M, 0), PLAN.known_labels - 1)
         weight_M = mentornet(
             loss_M, diff_M, past_ptr_M, known_M, label_M, epoch_pct, theta, T, H, UNITS, F, HIDDEN,
-            LABEL_DIM, EPOCH_DIM, USE_LABEL, OUTPUT,
+            LABEL_DIM, EPOCH_DIM, USE_LABEL, OUTPUT, ENCODER, ACTIVATION,
         )  # fmt: skip
     else:
         weight_M = closed_form(
-            loss_M, diff_M, PLAN.lambda1, PLAN.lambda2, PLAN.gamma, KIND, ON_LOSS
+            loss_M, diff_M, epoch_pct, PLAN.lambda1, PLAN.lambda2, PLAN.gamma, KIND, ON_LOSS
         )  # fmt: skip
     if PLAN.burn_in_pct > 0:
         weight_M = tl.where(epoch_pct < PLAN.burn_in_pct, 1.0, weight_M)

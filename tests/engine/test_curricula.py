@@ -1,15 +1,17 @@
 """Curricula by name."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from mentorch.engine import curricula
 from mentorch.engine.curricula import resolve_curriculum, shipped_mentornets
 from mentorch.engine.mentor import MentorNet
-from mentorch.kernels.mentor import ClosedForm
+from mentorch.kernels.mentor import ClosedForm, ClosedFormKind
 
 
-@pytest.mark.parametrize("name", ["uniform", "self_paced", "linear", "focal", "hard_example"])
+@pytest.mark.parametrize("name", get_args(ClosedFormKind))
 def test_closed_forms_by_name(name):
     assert resolve_curriculum(name) == ClosedForm(name)
 
@@ -40,8 +42,8 @@ def test_shipped_mentornets_by_name(tmp_path, monkeypatch):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'spl'.*uniform, self_paced, linear.*\.safetensors"):
-        resolve_curriculum("spl")
+    with pytest.raises(ValueError, match=r"'ease'.*uniform, self_paced, linear.*\.safetensors"):
+        resolve_curriculum("ease")
 
 
 def test_a_file_that_is_not_there():

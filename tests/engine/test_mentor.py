@@ -12,6 +12,9 @@ DIMS = [
     {},  # as released
     {"num_labels": 3, "label_dim": 5, "epoch_dim": 10, "fc_units": 17},  # the other released file
     {"lstm_units": 4, "lstm_output": "c", "use_label": True, "num_labels": 10},
+    {"encoder": "none", "history_steps": 2, "use_label": True},
+    {"encoder": "none", "history_steps": 2, "activation": "linear", "fc_units": 1},
+    {"activation": "linear"},
 ]
 
 
@@ -28,7 +31,9 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, dims):
     mentor.save(path)
     loaded = MentorNet.load(path)
     assert loaded.card == card
-    assert (loaded.use_label, loaded.lstm_output) == (mentor.use_label, mentor.lstm_output)
+    for option in ("use_label", "lstm_output", "encoder", "activation"):
+        assert getattr(loaded, option) == getattr(mentor, option)
+    assert loaded.activation == dims.get("activation", "tanh")
     for name, parameter in mentor.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter)
     data = inputs()
@@ -77,9 +82,38 @@ def test_its_weights_are_not_copies():
     assert weights.fc2_bias is mentor.fc2.bias
 
 
-def test_an_unknown_lstm_output_is_refused():
-    with pytest.raises(ValueError, match="'o'"):
-        MentorNet(lstm_output="o")
+def test_older_files_have_an_lstm_and_tanh(tmp_path):
+    mentor, path = MentorNet(), tmp_path / "old.safetensors"
+    mentor.save(path)
+    options = {"format": "mentornet-1", "use_label": "false", "lstm_output": "h", "card": "{}"}
+    save_file(load_file(path), path, options)
+    loaded = MentorNet.load(path)
+    assert (loaded.encoder, loaded.activation) == ("lstm", "tanh")
+    data = inputs()
+    assert torch.equal(loaded(*data), mentor(*data))
+
+
+def test_a_perceptron_reads_as_many_visits_as_it_was_made_for(tmp_path):
+    mentor = MentorNet(encoder="none", history_steps=3)
+    assert mentor.fc1.weight.shape == (20, 2 + 5 + 6)
+    assert not any("lstm" in name for name, _ in mentor.named_parameters())
+    mentor.save(tmp_path / "mentor.safetensors")
+    with pytest.raises(ValueError, match="T = 3 visits of a sample, got 2"):
+        MentorNet.load(tmp_path / "mentor.safetensors")(*inputs(steps=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lstm_output": "o"}, "'o'"),
+        ({"encoder": "gru"}, "'gru'"),
+        ({"activation": "relu"}, "'relu'"),
+        ({"encoder": "none", "history_steps": 0}, "history_steps.*0"),
+    ],
+)
+def test_unknown_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MentorNet(**options)
 
 
 def test_a_missing_file():
@@ -100,7 +134,7 @@ def test_files_that_are_not_mentornets(tmp_path):
         MentorNet.load(path)
 
 
-@pytest.mark.parametrize("change", ["missing", "shape", "option", "truncated"])
+@pytest.mark.parametrize("change", ["missing", "shape", "option", "encoder", "truncated"])
 def test_damaged_mentornets_are_refused(tmp_path, change):
     path = tmp_path / "mentor.safetensors"
     mentor = MentorNet()
@@ -113,6 +147,8 @@ def test_damaged_mentornets_are_refused(tmp_path, change):
         tensors["epoch_embedding"] = tensors["epoch_embedding"][:99].clone()
     elif change == "option":
         del options["lstm_output"]
+    elif change == "encoder":  # which the tensors are not of
+        options["encoder"] = "none"
     save_file(tensors, path, options)
     if change == "truncated":
         path.write_bytes(path.read_bytes()[:-8])

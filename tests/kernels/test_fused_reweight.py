@@ -149,6 +149,20 @@ def test_closed_forms(kind, moving_avg, device):
             run.step(*draw(70, 12, seed=seed))
 
 
+@pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
+@pytest.mark.parametrize("step", [0, 18, 19, 89, 90, 99])  # the ends of its three parts
+def test_the_released_mixture(step, moving_avg, device):
+    for form in (
+        ClosedForm("pd_mixture"),
+        ClosedForm("pd_mixture", lambda1=1.3, lambda2=2.0, on="loss"),
+        ClosedForm("pd_mixture", lambda1=0.2, lambda2=0.0),
+    ):
+        run = Run(form, device, step=step, moving_avg=moving_avg)
+        found, _ = run.step(*draw(70, 12))
+        if 18 < step < 90 or form.lambda2 == 0:
+            assert set(found.sample_weight.unique().tolist()) <= {0.0, 1.0}
+
+
 @pytest.mark.parametrize(
     ("units", "hidden", "use_label", "output", "steps"),
     [

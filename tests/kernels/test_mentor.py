@@ -48,6 +48,32 @@ def test_closed_forms(kind, on, l1, l2, gamma):
     np.testing.assert_allclose(weigh(form, LOSS, LOSS - AVERAGE), expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("on", ["loss_diff", "loss"])
+@pytest.mark.parametrize(("l1", "l2"), [(0.0, 1.0), (0.7, 2.5)])  # as released, and others
+def test_the_released_mixture_changes_with_the_epoch(l1, l2, on):
+    form = ClosedForm("pd_mixture", lambda1=l1, lambda2=l2, on=on)
+    loss = torch.as_tensor(LOSS)
+    x = LOSS - AVERAGE if on == "loss_diff" else LOSS
+    easy, linear = np.where(x <= l1, 1.0, 0.0), np.clip(1 - (x - l1) / l2, 0, 1)
+    epochs = [0, 18, 19, 50, 89, 90, 99]  # the first and last of each part
+    expected = [np.ones_like(x)] * 2 + [easy] * 3 + [linear] * 2
+    for epoch, weight in zip(epochs, expected, strict=True):
+        for given_as in (epoch, torch.tensor(epoch), torch.full(loss.shape, epoch)):
+            found = closed_form_ref(form, loss, loss - AVERAGE, given_as)
+            np.testing.assert_allclose(found, weight, rtol=0, atol=1e-14)
+            assert found.dtype == torch.float64
+    each = torch.tensor(epochs)[:, None].expand(-1, len(LOSS))
+    found = closed_form_ref(form, loss.expand(7, -1), (loss - AVERAGE).expand(7, -1), each)
+    np.testing.assert_allclose(found, np.stack(expected), rtol=0, atol=1e-14)
+    no_loss = torch.full((2,), math.nan)
+    assert all(closed_form_ref(form, no_loss, no_loss, e).isnan().all() for e in epochs)
+
+
+def test_the_mixture_needs_an_epoch():
+    with pytest.raises(ValueError, match="give epoch_pct"):
+        closed_form_ref(ClosedForm("pd_mixture"), torch.ones(2), torch.ones(2))
+
+
 def test_linear_with_lambda2_zero_is_self_paced():
     difference = np.array([-1.0, 0.0, 1e-9, 1.0])
     assert weigh(ClosedForm("linear", lambda2=0.0), difference + 1, difference).tolist() == [
@@ -248,7 +274,10 @@ def test_sample_weight_dispatches_on_the_curriculum():
     )
     linear = sample_weight_ref(ClosedForm("linear"), loss, diff, labels, epoch)
     torch.testing.assert_close(linear, (1 - diff).clamp(0, 1))
+    epochs, diff = torch.tensor([10, 50, 95, 18]), torch.tensor([3.0, 0.5, 0.5, 3.0])
+    mixture = sample_weight_ref(ClosedForm("pd_mixture"), diff + 2, diff, labels, epochs)
+    assert mixture.tolist() == [1.0, 0.0, 0.5, 1.0]
     # The weight has the loss's dtype even where Θ has another.
     assert sample_weight_ref(
-        net.weights(True), loss.float(), diff.float(), labels, epoch
+        net.weights(True), loss.float(), loss.float(), labels, epoch
     ).dtype == (torch.float32)

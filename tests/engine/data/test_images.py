@@ -97,7 +97,8 @@ def test_a_wrong_idx_file_is_refused(mnist, put, tmp_path, case):
     [
         lambda whole: whole[:-20],  # ends early
         lambda whole: b"no gzip" + whole,
-        lambda whole: whole[:40] + bytes(40) + whole[80:],  # the compressed stream
+        lambda whole: whole[:40] + bytes(40) + whole[80:],  # another checksum
+        lambda whole: whole[:10] + b"\xff" + whole[11:],  # no such kind of block
     ],
 )
 def test_a_damaged_gzip_file_is_refused(mnist, put, tmp_path, damage):
@@ -282,7 +283,7 @@ def test_human_labels(tmp_path, numpy, dtype):
 
 
 class Unfilled:
-    """Loads as an array of another type although only integers are let through: memory as it was."""
+    """Loads as an array of another type although only integers are let through."""
 
     def __reduce__(self):
         return np.empty(0).__reduce__()[0], (np.ndarray, (N,), "d")
