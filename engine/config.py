@@ -140,7 +140,7 @@ class CurriculumConfig:
     """Then: shares of training at which it is learned again, the first at the end of burn-in."""
     lstm_units: int = 1
     """Then: hidden units of its bi-LSTM, a direction."""
-    sharpness: float = 1.0
+    sharpness: float = 4.0
     """Then: what the logit of the weight is multiplied by. 1: the weight is the probability that
     the label is right; large: it is 1 where that is above ½."""
 

@@ -247,7 +247,7 @@ class DataDriven(Reweight):
         history_steps: int = 1,
         lstm_units: int = 1,
         fit_steps: int = 1000,
-        sharpness: float = 1.0,
+        sharpness: float = 4.0,
         burn_in: float = 0.2,
         seed: int = 0,
         **settings: object,

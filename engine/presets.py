@@ -55,9 +55,7 @@ def published_percentile(method: str, rate: float) -> float:
     return rates[min(rates, key=lambda published: abs(published - rate))]
 
 
-def curriculum_preset(
-    preset: PresetName, method: PublishedMethod, rate: float
-) -> CurriculumConfig:
+def curriculum_preset(preset: PresetName, method: PublishedMethod, rate: float) -> CurriculumConfig:
     """A method's curriculum with the published hyper-parameters.
 
     Args:

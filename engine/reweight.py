@@ -17,11 +17,14 @@ from mentorch.kernels.mentor import EPOCHS, ClosedForm, Curriculum
 from mentorch.kernels.percentile import check_moving_average
 from mentorch.kernels.reweight import MovingAverage, Reweighted, reweight
 
-# Closed forms do not read the training progress; burn-in and a MentorNet's epoch embedding do.
 _NEEDS_STEPS = (
-    "total_steps is needed: the burn-in and a MentorNet's epoch input count in shares of training. "
-    "Give the number of training steps, or use a closed form with burn_in=0."
+    "total_steps is needed: the burn-in, a MentorNet's epoch input and pd_mixture count in shares "
+    "of training. Give the number of training steps, or use another closed form with burn_in=0."
 )
+
+
+def _reads_progress(curriculum: ClosedForm | MentorNet) -> bool:
+    return isinstance(curriculum, MentorNet) or curriculum.kind == "pd_mixture"
 
 
 class Reweight(Criterion):
@@ -93,7 +96,7 @@ class Reweight(Criterion):
     ) -> None:
         super().__init__(ignore_index=ignore_index, group=group)
         resolved = resolve_curriculum(curriculum)
-        if total_steps is None and (burn_in > 0 or isinstance(resolved, MentorNet)):
+        if total_steps is None and (burn_in > 0 or _reads_progress(resolved)):
             raise ValueError(_NEEDS_STEPS)
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {total_steps}")

@@ -1,7 +1,7 @@
 """One experiment: a method on an image set with known label noise, under a fixed recipe.
 
-The training set is a fixed random part of the set's training images; 5,000 others (a tenth of small
-sets) are the validation set, on which choices are made. Test images are for the final table only.
+The training set is a fixed random part of the set's training images; others (`Task.validation`) are
+the validation set, on which choices are made. Test images are for the final table only.
 """
 
 import time
@@ -11,13 +11,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mentorch.engine.comparison.weight_log import WeightLog
 from mentorch.engine.config import CurriculumConfig, RunConfig
 from mentorch.engine.criteria import choose_trusted, create_criterion
-from mentorch.engine.data.images import ImageSet, ImageSetName, load_images
-from mentorch.engine.data.memory import Augment, MemoryLoader, channel_statistics
+from mentorch.engine.data.images import ImageSet, ImageSetName, cifar_n_labels, load_images
+from mentorch.engine.data.memory import Augment, MemoryLoader, Standardise, channel_statistics
 from mentorch.engine.data.noise import Noise
 from mentorch.engine.data.noise_kinds import NoiseKind
 from mentorch.engine.data.order import shuffled
@@ -26,10 +26,9 @@ from mentorch.engine.data_driven import DataDriven
 from mentorch.engine.distributed import World
 from mentorch.engine.evaluate import evaluate
 from mentorch.engine.spade import Spade
-from mentorch.engine.student import autocast_dtype, create_student
+from mentorch.engine.student import create_student
 
 _SPLIT_SEED = 2018
-_VALIDATION = 5000
 _MAPPINGS = {  # of asymmetric noise
     "digits": "mnist",
     "mnist": "mnist",
@@ -51,8 +50,12 @@ class Task:
     """Kind of label noise."""
     rate: float = 0.4
     """Its probability p."""
+    human_labels: str | None = None
+    """CIFAR-N's FILE:NAME: labels that people gave, instead of the noise above."""
     train_samples: int = 0
     """Training images; 0: all but the validation set."""
+    validation: float = 1 / 12
+    """Share of the training images that is never trained on."""
     skip: int = 0
     """Images left out before those, so that two tasks can share none."""
     classes: tuple[int, ...] = ()
@@ -109,13 +112,17 @@ class Experiment:
     """Mirror every other training image."""
     pad: int = 0
     """Random crops of images padded by this many pixels."""
+    standardise: bool = False
+    """Give every image mean 0 and deviation 1, instead of the training set as a whole."""
 
     @property
     def key(self) -> str:
         """File name of the results, without suffix."""
         task = self.task
-        parts = (task.dataset, task.noise, f"{task.rate:g}", self.name, f"s{self.config.seed}")
-        return "-".join(parts)
+        noise = f"{task.noise}-{task.rate:g}"
+        if task.human_labels:
+            noise = f"human-{task.human_labels.rpartition(':')[2]}"
+        return "-".join((task.dataset, noise, self.name, f"s{self.config.seed}"))
 
 
 class Prepared(NamedTuple):
@@ -129,13 +136,13 @@ class Prepared(NamedTuple):
     num_classes: int
 
 
-def _only(images: Tensor, labels: Tensor, classes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _renumbered(labels: Tensor, classes: tuple[int, ...]) -> Tensor:
+    """Labels among the chosen classes; −1 for the others."""
     if not classes:
-        return images, labels
+        return labels
     number = torch.full((int(labels.max()) + 1,), -1)
     number[list(classes)] = torch.arange(len(classes))
-    rows = number[labels] >= 0
-    return images[rows], number[labels[rows]]
+    return number[labels]
 
 
 def prepare(task: Task, seed: int, device: torch.device) -> Prepared:
@@ -150,36 +157,50 @@ def prepare(task: Task, seed: int, device: torch.device) -> Prepared:
         ValueError: more training images than there are.
     """
     found: ImageSet = load_images(task.dataset, task.root)
-    images, labels = _only(found.images, found.labels, task.classes)
+    labels = _renumbered(found.labels, task.classes)
     order = torch.from_numpy(shuffled(np.arange(len(labels)), _SPLIT_SEED, 0))
-    validation = min(_VALIDATION, len(labels) // 10)
-    last = len(labels) - validation
-    end = task.skip + task.train_samples if task.train_samples else last
-    if not task.skip < end <= last:
+    # Split before classes are chosen: no task trains on what another is judged by.
+    pool, validation = order.tensor_split([len(order) - round(task.validation * len(order))])
+    pool, validation = (rows[labels[rows] >= 0] for rows in (pool, validation))
+    end = task.skip + task.train_samples if task.train_samples else len(pool)
+    if not task.skip < end <= len(pool):
         raise ValueError(
-            f"{task.dataset} has {last:,} training images besides the validation set; rows "
-            f"{task.skip:,} to {end:,} were asked for"
+            f"{task.dataset} has {len(pool):,} training images of these classes besides the "
+            f"validation set; rows {task.skip:,} to {end:,} were asked for"
         )
-    rows = order[task.skip : end]
-    held_out, held_out_labels = _only(found.test_images, found.test_labels, task.classes)
+    rows = pool[task.skip : end]
     if task.evaluate_on == "validation":
-        held_out, held_out_labels = images[order[last:]], labels[order[last:]]
+        held_out, held_out_labels = found.images[validation], labels[validation]
+    else:
+        test_labels = _renumbered(found.test_labels, task.classes)
+        held_out, held_out_labels = (
+            found.test_images[test_labels >= 0],
+            test_labels[test_labels >= 0],
+        )
     clean = labels[rows]
     num_classes = len(task.classes) or found.num_classes
-    noise = task.make_noise(seed)
-    given = torch.from_numpy(
-        noise.apply(clean.numpy(), num_classes, rows.numpy(), images[rows].numpy())
-    )
-    tensors = (images[rows], given, clean, held_out, held_out_labels)
+    if task.human_labels:
+        path, _, which = task.human_labels.rpartition(":")
+        given = cifar_n_labels(Path(path), which, found.labels)[rows]
+    else:
+        given = torch.from_numpy(
+            task.make_noise(seed).apply(
+                clean.numpy(), num_classes, rows.numpy(), found.images[rows].numpy()
+            )
+        )
+    tensors = (found.images[rows], given, clean, held_out, held_out_labels)
     return Prepared(*(tensor.to(device) for tensor in tensors), num_classes)
 
 
-def run_experiment(experiment: Experiment, mentors_out: Path | None = None) -> dict[str, Any]:
+def run_experiment(
+    experiment: Experiment, mentors_out: Path | None = None, progress: bool = False
+) -> dict[str, Any]:
     """Trains and evaluates after every epoch.
 
     Args:
         experiment: what.
         mentors_out: folder for the MentorNets that the run learns.
+        progress: print a line an epoch.
 
     Returns:
         JSON values: the experiment, the noise, curves by epoch, last and best accuracy.
@@ -189,7 +210,7 @@ def run_experiment(experiment: Experiment, mentors_out: Path | None = None) -> d
     world = World(device=device)
     data = prepare(experiment.task, config.seed, device)
     data = _corrected(data, experiment)
-    spade, loader, log = _trainer(experiment, data, world)
+    spade, loader, log = trainer(experiment, data, world)
     judge = MemoryLoader(
         data.held_out, torch.arange(len(data.held_out)), batch_size=500, train=False, world=world
     )
@@ -204,6 +225,8 @@ def run_experiment(experiment: Experiment, mentors_out: Path | None = None) -> d
         found = {"top1": accuracy.top1, **metrics, **log.snapshot(step // spade.steps_per_epoch)}
         for name, value in found.items():
             curves.setdefault(name, []).append(value)
+        if progress:
+            print(_line(step // spade.steps_per_epoch, found), flush=True)
     if mentors_out is not None and isinstance(spade.criterion, DataDriven):
         for step, mentor in spade.criterion.learned.items():
             mentor.save(
@@ -237,9 +260,10 @@ def _corrected(data: Prepared, experiment: Experiment) -> Prepared:
     return data._replace(given=given)
 
 
-def _trainer(
+def trainer(
     experiment: Experiment, data: Prepared, world: World
 ) -> tuple[Spade, MemoryLoader, WeightLog]:
+    """A student ready to train, its training images, and the log that observes it."""
     config, method = experiment.config, experiment.method
     student_config = replace(config.student, drop_rate=method.drop_rate)
     config = replace(config, curriculum=method.curriculum, student=student_config)
@@ -263,10 +287,19 @@ def _trainer(
         seed=config.seed,
     )
     log = WeightLog(data.given == data.clean)
-    normalise = Normalise(*channel_statistics(data.images)).to(world.device)
+    normalise = _normalise(experiment, data).to(world.device)
     spade = Spade(
         config, student, criterion, normalise, data.given, data.clean, loader.steps_per_epoch,
         world, observers=[log],
     )  # fmt: skip
-    assert autocast_dtype(config.train.precision, world.device) == spade.dtype
     return spade, loader, log
+
+
+def _normalise(experiment: Experiment, data: Prepared) -> nn.Module:
+    return Standardise() if experiment.standardise else Normalise(*channel_statistics(data.images))
+
+
+def _line(epoch: int, found: dict[str, float]) -> str:
+    names = ("top1", "loss", "weighted_loss", "weight_right", "weight_wrong", "auroc_weight")
+    values = (f"{name} {found[name]:.4f}" for name in names if name in found)
+    return f"epoch {epoch}  {'  '.join(values)}"
