@@ -5,9 +5,10 @@ folder, and reading them back refuses unknown keys.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import cattrs
 
@@ -274,3 +275,31 @@ def load_config(path: Path, kind: type[C]) -> C:
     except (json.JSONDecodeError, cattrs.BaseValidationError) as error:
         problems = "; ".join(cattrs.transform_error(error, path=path.name))
         raise ValueError(f"{path} is not a configuration of this recipe: {problems}") from error
+
+
+T = TypeVar("T")
+
+
+def with_options(config: T, options: Sequence[str]) -> T:
+    """A part of a configuration with some values changed.
+
+    Args:
+        config: a dataclass of this module.
+        options: ``name=value`` each, the value in JSON.
+
+    Raises:
+        ValueError: no such option, or a value that does not fit.
+    """
+    changes: dict[str, Any] = {}
+    for option in options:
+        name, _, value = option.partition("=")
+        try:
+            changes[name] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{option!r} is not NAME=VALUE with a JSON value: {error}") from error
+    values: dict[str, Any] = asdict(config) | changes  # type: ignore[call-overload]
+    try:
+        return _converter().structure(values, type(config))
+    except cattrs.BaseValidationError as error:
+        problems = "; ".join(cattrs.transform_error(error, path=type(config).__name__))
+        raise ValueError(f"these options do not fit, {', '.join(options)}: {problems}") from error

@@ -11,7 +11,7 @@ kept a sample, N samples of the data set.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -269,7 +269,11 @@ class DataDriven(Reweight):
                 f"ends at {burn_in}: there would be none in between"
             )
         self.learn_steps = {round(share * total_steps) for share in learn_at}
-        self.fit_options = {"steps": fit_steps, "lstm_units": lstm_units, "sharpness": sharpness}
+        self.fit_options: dict[str, Any] = {
+            "steps": fit_steps,
+            "lstm_units": lstm_units,
+            "sharpness": sharpness,
+        }
         self.learned: dict[int, MentorNet] = {}  # by step, those of this process, for reports
         self.register_buffer("trusted_ids", trusted.sample_ids.clone())
         self.register_buffer("is_right", trusted.is_right.clone())

@@ -1,14 +1,23 @@
 """Top-1 and top-5 accuracy on a validation set, over all ranks, every sample exactly once."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mentorch.engine.data.pipelines import Loader, Normalise
+from mentorch.engine.data.pipelines import Batch
 from mentorch.engine.distributed import World
 from mentorch.engine.student import forward
+
+
+class Batches(Protocol):
+    """A loader, from files or from memory."""
+
+    def batches(self) -> Iterator[Batch]:
+        """All samples once, in order."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +46,9 @@ def share_buffers(module: nn.Module, world: World) -> None:
 @torch.no_grad()
 def evaluate(
     student: nn.Module,
-    loader: Loader,
+    loader: Batches,
     labels_N: Tensor,
-    normalise: Normalise,
+    normalise: nn.Module,
     dtype: torch.dtype,
     world: World,
 ) -> Accuracy:

@@ -104,6 +104,7 @@ def add_weight_decay(
         dist.all_reduce(weight_and_count)
     mean_weight = weight_and_count[0] / weight_and_count[1].clamp(min=1)
     pairs = [(p, p.grad) for p in student.parameters() if p.ndim > 1 and p.grad is not None]
-    weights, gradients = [p for p, _ in pairs], [gradient for _, gradient in pairs]
+    weights: list[Tensor] = [parameter for parameter, _ in pairs]
+    gradients = [gradient for _, gradient in pairs]
     decay = list(torch._foreach_mul(weights, mean_weight * weight_decay))
     torch._foreach_add_(gradients, decay)

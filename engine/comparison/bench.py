@@ -27,7 +27,8 @@ class NoisyBench:
     noises: tuple[str, ...] = ("symmetric:0.2", "symmetric:0.4", "symmetric:0.8", "asymmetric:0.4")
     """Kinds and rates of noise, columns of the table."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Rows of the table."""
+    """Rows of the table; a name may be followed by options of its curriculum, in one word of the
+    shell: "mentornet_dd sharpness=1"."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of everything random: student, order and noise."""
     student: str = "small_cnn"

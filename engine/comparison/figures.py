@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,9 +24,11 @@ def _groups(records: Sequence[Record], methods: Sequence[str]) -> dict[str, list
     return {name: found for name, found in groups.items() if found}
 
 
-def _curve(records: Sequence[Record], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _curve(records: Sequence[Record], name: str) -> npt.NDArray[np.float64]:
     """Mean over seeds of a curve by epoch."""
-    return np.mean([record["curves"][name] for record in records], axis=0)
+    curves = np.asarray([record["curves"][name] for record in records], np.float64)
+    mean: npt.NDArray[np.float64] = curves.mean(axis=0)
+    return mean
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -81,7 +84,7 @@ def surface(mentor: MentorNet, epoch_pct: int, loss: Tensor, diff: Tensor) -> Te
     columns = torch.meshgrid(diff, loss, indexing="ij")
     flat_diff, flat_loss = (column.flatten() for column in columns)
     labels = torch.zeros(len(flat_loss), dtype=torch.int64)
-    weight = mentor(flat_loss, flat_diff, labels, torch.tensor(epoch_pct))
+    weight: Tensor = mentor(flat_loss, flat_diff, labels, torch.tensor(epoch_pct))
     return weight.reshape(len(diff), len(loss))
 
 
@@ -148,7 +151,7 @@ def write_figures(records: Sequence[Record], folder: Path, methods: Sequence[str
         stem = noise.replace(" ", "-")
         error_curves(found, folder / f"{stem}.curves.png", methods)
         for name, runs in _groups(found, methods).items():
-            weight_histograms(runs[0], folder / f"{stem}.{name}.weights.png")
+            weight_histograms(runs[0], folder / f"{stem}.{name.replace(' ', '_')}.weights.png")
     learned = _learned(records, folder)
     if learned:
         record, mentors = learned

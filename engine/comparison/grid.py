@@ -5,8 +5,11 @@ import os
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from dataclasses import asdict
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -17,6 +20,15 @@ from mentorch.engine.comparison.run import Experiment, run_experiment
 
 def _start_worker(threads: int) -> None:
     torch.set_num_threads(threads)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed comparison leaves nobody working on."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _run(experiment: Experiment, folder: Path) -> str | None:
@@ -54,8 +66,6 @@ def _is_done(experiment: Experiment, folder: Path) -> bool:
 
 
 def _as_json(experiment: Experiment) -> dict[str, Any]:
-    from dataclasses import asdict
-
     return {"key": experiment.key, **asdict(experiment)}
 
 

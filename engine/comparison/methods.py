@@ -1,9 +1,10 @@
 """The methods of Table 2 of the paper, by name, and one later one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from mentorch.engine.comparison.run import Method, Task
-from mentorch.engine.config import CurriculumConfig
+from mentorch.engine.config import CurriculumConfig, with_options
 
 DROP_RATE = 0.5  # Forgetting: the paper searches 0.2 to 0.9
 TRUSTED_SHARE = 0.1  # of the training set: the paper's 5,000 of 50,000
@@ -37,15 +38,22 @@ METHODS: dict[str, _Make] = {
 }
 
 
-def method(name: str, task: Task) -> Method:
+def method(text: str, task: Task) -> Method:
     """A method with its hyper-parameters for a task.
 
     Those with a loss percentile are told the noise: p is the share of labels that is expected to be
     right. (The paper cross-validates p for each noise.)
 
+    Args:
+        text: a name, perhaps followed by options of its curriculum: ``mentornet_dd sharpness=1
+            learn_at=[0.2]``; values are JSON.
+        task: what it is for.
+
     Raises:
-        ValueError: unknown; the message lists those there are.
+        ValueError: an unknown name or option.
     """
+    name, *options = text.split()
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
-    return METHODS[name](round(task.expected_right(), 2))
+    found = METHODS[name](round(task.expected_right(), 2))
+    return replace(found, curriculum=with_options(found.curriculum, options))

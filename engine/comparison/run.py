@@ -122,7 +122,8 @@ class Experiment:
         noise = f"{task.noise}-{task.rate:g}"
         if task.human_labels:
             noise = f"human-{task.human_labels.rpartition(':')[2]}"
-        return "-".join((task.dataset, noise, self.name, f"s{self.config.seed}"))
+        name = self.name.replace(" ", "_").replace("/", "_")
+        return "-".join((task.dataset, noise, name, f"s{self.config.seed}"))
 
 
 class Prepared(NamedTuple):
@@ -173,10 +174,8 @@ def prepare(task: Task, seed: int, device: torch.device) -> Prepared:
         held_out, held_out_labels = found.images[validation], labels[validation]
     else:
         test_labels = _renumbered(found.test_labels, task.classes)
-        held_out, held_out_labels = (
-            found.test_images[test_labels >= 0],
-            test_labels[test_labels >= 0],
-        )
+        chosen = test_labels >= 0
+        held_out, held_out_labels = found.test_images[chosen], test_labels[chosen]
     clean = labels[rows]
     num_classes = len(task.classes) or found.num_classes
     if task.human_labels:
@@ -188,8 +187,10 @@ def prepare(task: Task, seed: int, device: torch.device) -> Prepared:
                 clean.numpy(), num_classes, rows.numpy(), found.images[rows].numpy()
             )
         )
-    tensors = (found.images[rows], given, clean, held_out, held_out_labels)
-    return Prepared(*(tensor.to(device) for tensor in tensors), num_classes)
+    return Prepared(
+        found.images[rows].to(device), given.to(device), clean.to(device), held_out.to(device),
+        held_out_labels.to(device), num_classes,
+    )  # fmt: skip
 
 
 def run_experiment(

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mentorch.engine.comparison.gather import gather_visits, points_between
 from mentorch.engine.comparison.grid import read_results, run_grid
 from mentorch.engine.comparison.methods import METHODS, method
 from mentorch.engine.comparison.report import table, write_report
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 TASK = Task(dataset="digits", noise="symmetric", rate=0.4, train_samples=640)
 RECIPE = RunConfig(
     student=StudentConfig(name="small_mlp", drop_rate=0.0),
-    optim=OptimConfig(lr=0.05, warmup_epochs=0, schedule="step"),
+    optim=OptimConfig(lr=0.02, warmup_epochs=0, schedule="step"),
     train=TrainConfig(epochs=4, batch_size=64, precision="fp32"),
 )
 
@@ -169,3 +170,28 @@ def test_methods_that_differ_only_in_what_they_say():
     assert METHODS["forgetting"](0.6).drop_rate == 0.5
     assert METHODS["full"](0.6) == Method(curriculum=CurriculumConfig(name="uniform", burn_in=0.0))
     assert METHODS["self_paced"](0.6).curriculum.loss_percentile == 0.6
+
+
+def test_gathered_visits_are_those_of_training():
+    source = replace(
+        _experiment("mentornet_pd"), task=replace(TASK, classes=(0, 1, 2), train_samples=192)
+    )
+    visits, is_right = gather_visits(source)
+    assert visits.shape == (192, 4, 4)
+    assert not visits.isnan().any(), "192 samples fill three batches: each is seen every epoch"
+    assert (visits[:, :, 2] // 25 == torch.arange(4)).all(), "one visit in each quarter"
+    loss = visits[:, -1, 0]
+    assert loss[~is_right].mean() > 2 * loss[is_right].mean()
+    features, target = points_between([(visits, is_right)] * 2, 25, 75)
+    assert len(target) == 2 * 2 * 192
+    assert features.epoch_pct.unique().tolist() == [25, 33, 41, 50, 58, 66]
+    assert target.mean().item() == pytest.approx(is_right.float().mean().item())
+
+
+def test_a_method_takes_options_of_its_curriculum():
+    found = method("mentornet_dd sharpness=1 learn_at=[0.1,0.4]", TASK).curriculum
+    assert (found.sharpness, found.learn_at, found.trusted) == (1.0, (0.1, 0.4), 0.1)
+    assert method("mentornet_dd", TASK).curriculum.sharpness != 1.0
+    for wrong in ("sharpnes=1", "sharpness=x", "sharpness", "trusted=2"):
+        with pytest.raises(ValueError, match=wrong.partition("=")[0]):
+            method(f"mentornet_dd {wrong}", TASK)
