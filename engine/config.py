@@ -117,8 +117,14 @@ class CurriculumConfig:
     """Share of training before the curriculum sets in."""
     burn_in_dropout: float = 0.5
     """Share of samples dropped at random during burn-in."""
+    burn_in_dropout_until: float | None = None
+    """Share of training at which that gives way to example_dropout; None: with the burn-in."""
     example_dropout: float = 0.0
     """Share of samples dropped at random after burn-in."""
+    late_dropout: float = 0.0
+    """Share of samples dropped at random at the end of training."""
+    late_dropout_from: float = 1.0
+    """Share of training at which that end begins; 1: there is none."""
     exact_dropout: bool = False
     """Drop an exact count of samples, as the released code does, instead of tossing coins."""
     percentile_over: Literal["global", "local"] = "global"
@@ -146,7 +152,7 @@ class CurriculumConfig:
     the label is right; large: it is 1 where that is above ½."""
 
     def __post_init__(self) -> None:
-        _share(self, "loss_percentile", "burn_in", "trusted")
+        _share(self, "loss_percentile", "burn_in", "trusted", "late_dropout_from")
         _at_least(self, 0, "weight_lr")
         _at_least(self, 1, "history_steps")
         if self.trusted and self.name != "dd":

@@ -6,15 +6,16 @@ otherwise, and the option that does it:
     ℓ_pt forgets by 0.5 a step, not 0.95                               curriculum.decay
     an exact count of samples is dropped, not a coin tossed for each   curriculum.exact_dropout
     5% of the samples are dropped after burn-in, too                   curriculum.example_dropout
+    the first rate of dropout ends before DD's burn-in does       curriculum.burn_in_dropout_until
+    DD on the wide resnet drops 90% of the samples in the last 5%      curriculum.late_dropout
     the epoch that DD reads stays where burn-in ended                  curriculum.freeze_epoch
     weight decay is multiplied by the mean sample weight               optim.scale_weight_decay
     PD is a mixture that changes with the epoch                        curriculum.name=pd_released
-    weights of right and wrong labels are never told the label         MentorNet(use_label=False)
+    the MentorNet is never told the label                              MentorNet(use_label=False)
     the LSTM passes on its cell state                                  MentorNet(lstm_output="c")
 
-(The released nets' output bias was added to fc2's weights: another fc2 without a bias, which needs
-no option.) Not reproduced: with the wide resnet the released commands drop 90% of the samples in
-the last 5% of training under DD.
+The released nets' output bias was added to fc2's weights: another fc2 without a bias, which needs
+no option.
 """
 
 from dataclasses import dataclass
@@ -55,7 +56,9 @@ def published_percentile(method: str, rate: float) -> float:
     return rates[min(rates, key=lambda published: abs(published - rate))]
 
 
-def curriculum_preset(preset: PresetName, method: PublishedMethod, rate: float) -> CurriculumConfig:
+def curriculum_preset(
+    preset: PresetName, method: PublishedMethod, rate: float, wide_resnet: bool = True
+) -> CurriculumConfig:
     """A method's curriculum with the published hyper-parameters.
 
     Args:
@@ -63,6 +66,8 @@ def curriculum_preset(preset: PresetName, method: PublishedMethod, rate: float) 
         method: of Table 2.
         rate: of the noise, for p of ℓ_pt; the paper cross-validates p and names no values, so
             those of the released commands serve both.
+        wide_resnet: the student is ``mentornet_resnet101``, whose released commands differ in DD's
+            dropout.
 
     Raises:
         ValueError: an unknown preset or method.
@@ -87,4 +92,7 @@ def curriculum_preset(preset: PresetName, method: PublishedMethod, rate: float) 
         example_dropout=0.05 if published.drops else 0.0,
         exact_dropout=published.drops,
         freeze_epoch=method == "dd",
+        burn_in_dropout_until=0.17 if published.drops else None,
+        late_dropout=0.9 if method == "dd" and wide_resnet else 0.0,
+        late_dropout_from=0.95,
     )

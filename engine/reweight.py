@@ -51,7 +51,11 @@ class Reweight(Criterion):
         burn_in: share of training before the curriculum sets in (the paper's first 20%), rounded to
             whole percents.
         burn_in_dropout: share of samples dropped at random during burn-in (1 − the paper's p).
+        burn_in_dropout_until: share of training at which ``burn_in_dropout`` gives way to
+            ``example_dropout``, in whole percents; by default with the end of the burn-in.
         example_dropout: share dropped afterwards.
+        late_dropout: share dropped from ``late_dropout_from`` of training on.
+        late_dropout_from: share of training, in whole percents; 1: never.
         freeze_epoch: after burn-in a MentorNet goes on reading the epoch percentage at which that
             ended, as released for DD: late in the run it was learned from, losses were memorised.
         exact_dropout: drop an exact count, as the released code does, instead of tossing coins.
@@ -86,7 +90,10 @@ class Reweight(Criterion):
         label_smoothing: float = 0.0,
         burn_in: float = 0.2,
         burn_in_dropout: float = 0.5,
+        burn_in_dropout_until: float | None = None,
         example_dropout: float = 0.0,
+        late_dropout: float = 0.0,
+        late_dropout_from: float = 1.0,
         exact_dropout: bool = False,
         freeze_epoch: bool = False,
         seed: int = 0,
@@ -122,7 +129,13 @@ class Reweight(Criterion):
         self.moving_avg = moving_avg
         self.label_smoothing = label_smoothing
         self.dropout = ExampleDropout(
-            round(burn_in * EPOCHS), burn_in_dropout, example_dropout, exact_dropout
+            round(burn_in * EPOCHS),
+            burn_in_dropout,
+            example_dropout,
+            exact_dropout,
+            None if burn_in_dropout_until is None else round(burn_in_dropout_until * EPOCHS),
+            round(late_dropout_from * EPOCHS),
+            late_dropout,
         )
         self.freeze_epoch = freeze_epoch
         self.seed = seed
@@ -138,7 +151,11 @@ class Reweight(Criterion):
         if self.closed_form is not None:
             return self.closed_form
         assert self.mentor is not None
-        return self.mentor.weights()
+        weights = self.mentor.weights()
+        if self.freeze_epoch:
+            last = min(self.dropout.burn_in_pct, EPOCHS - 1)
+            weights = weights._replace(last_epoch_pct=last)
+        return weights
 
     def epoch_pct(self) -> Tensor:
         """Training progress, an integer 0..99 (0-d tensor on the device)."""
@@ -155,13 +172,11 @@ class Reweight(Criterion):
         """
         if self.history is not None and index is None:
             raise ValueError("a history is kept by sample: call criterion(logits, labels, index)")
-        frozen = self.epoch_pct().clamp(max=self.dropout.burn_in_pct) if self.freeze_epoch else None
         return reweight(
             logits,
             labels,
             self.curriculum(),
             self.loss_moving_avg,
-            frozen,
             step=self.step,
             total_steps=self.total_steps,
             loss_percentile=self.loss_percentile,

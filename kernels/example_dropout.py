@@ -2,8 +2,8 @@
 
 During burn-in (the first 20% of training in the paper) v ~ Bernoulli(p): the curriculum is not used
 and samples are dropped at random. Afterwards v = g_m(z), of which a share may still be dropped.
-Kept weights are not rescaled. The released code differs only in the numbers and in keeping an exact
-count, ⌊B(1 − rate)⌋.
+Kept weights are not rescaled. The released code keeps an exact count, ⌊B(1 − rate)⌋, lets the rate
+change at other times than the burn-in ends, and knows a third rate for the end of training.
 """
 
 from dataclasses import dataclass
@@ -33,13 +33,37 @@ class ExampleDropout:
     """Share of samples dropped after burn-in."""
     exact: bool = False
     """Keep exactly ⌊B(1 − rate)⌋ of a rank's B samples, as released, not one coin a sample."""
+    burn_in_rate_pct: int | None = None
+    """Epoch percentage at which ``burn_in_rate`` gives way to ``rate``; None: when burn-in ends."""
+    late_pct: int = 100
+    """Epoch percentage at which ``rate`` gives way to ``late_rate``; 100: never."""
+    late_rate: float = 0.0
+    """Share of samples dropped from then on."""
 
     def __post_init__(self) -> None:
-        for name in ("burn_in_rate", "rate"):
+        for name in ("burn_in_rate", "rate", "late_rate"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.burn_in_pct <= 100:
-            raise ValueError(f"burn_in_pct must be in 0..100, got {self.burn_in_pct}")
+        for name in ("burn_in_pct", "early_pct", "late_pct"):
+            if not 0 <= getattr(self, name) <= 100:
+                raise ValueError(f"{name} must be in 0..100, got {getattr(self, name)}")
+
+    @property
+    def early_pct(self) -> int:
+        """`burn_in_rate_pct`, resolved."""
+        return self.burn_in_pct if self.burn_in_rate_pct is None else self.burn_in_rate_pct
+
+    @property
+    def rates(self) -> tuple[float, float, float]:
+        """The rates in the order in which they rule."""
+        return self.burn_in_rate, self.rate, self.late_rate
+
+    def rate_at(self, epoch_pct: Tensor) -> Tensor:
+        """The rate in force, 0-d float64: in float32 0.05 is more than 1/20, and of 8,000 samples
+        one more would go."""
+        early, rate, late = (torch.full_like(epoch_pct, r, dtype=torch.float64) for r in self.rates)
+        rate = torch.where(epoch_pct < self.late_pct, rate, late)
+        return torch.where(epoch_pct < self.early_pct, early, rate)
 
 
 def example_dropout_ref(
@@ -67,11 +91,9 @@ def example_dropout_ref(
     """
     in_burn_in = epoch_pct < dropout.burn_in_pct
     weight = torch.where(in_burn_in, torch.ones_like(sample_weight), sample_weight)
-    if dropout.rate == 0.0 and dropout.burn_in_rate == 0.0:
+    if not any(dropout.rates):
         return weight
-    # float64: in float32 0.05 is a little more than 1/20, and of 8000 one more would go.
-    burning = in_burn_in.to(torch.float64)
-    rate = burning * dropout.burn_in_rate + (1.0 - burning) * dropout.rate
+    rate = dropout.rate_at(epoch_pct)
     coin = to_uniform(philox(seed, step, sample_ids, Stream.EXAMPLE_DROPOUT)[0])
     if dropout.exact:
         keep_count = (valid.sum() * (1.0 - rate) + 1e-6).floor()  # 100 · (1 − 0.07) is 92.999…

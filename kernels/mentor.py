@@ -92,6 +92,7 @@ class MentorWeights(NamedTuple):
     lstm_output: str = "h"  # "h", or "c": the released weights pass the cell state on
     encoder: str = "lstm"  # of the T visits: "lstm", or "none": they go into fc1 as they are
     activation: str = "tanh"  # of fc1: "tanh" or "linear"
+    last_epoch_pct: int = 99  # the greatest epoch percentage it is told, whatever the progress
 
     @property
     def lstm_units(self) -> int:
@@ -211,7 +212,9 @@ def mentornet_ref(
     features = torch.cat(
         [
             weights.label_embedding[label_row],
-            weights.epoch_embedding[epoch_pct.long().clamp(0, EPOCHS - 1).expand(batch)],
+            weights.epoch_embedding[
+                epoch_pct.long().clamp(0, weights.last_epoch_pct).expand(batch)
+            ],
             _encoded_ref(weights, steps_BT2),
         ],
         dim=1,

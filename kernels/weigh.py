@@ -51,11 +51,15 @@ class Plan:
     lstm_output: str
     encoder: str
     activation: str
+    last_epoch_pct: int
     steps: int  # T
     dropout: str  # "none", "coins" or "exact"
     burn_in_pct: int
     burn_in_rate: float
+    burn_in_rate_pct: int
     rate: float
+    late_pct: int
+    late_rate: float
     loss_percentile: float
     decay: float
     label_smoothing: float
@@ -94,14 +98,18 @@ class Plan:
                 "lstm_output": curriculum.lstm_output,
                 "encoder": curriculum.encoder,
                 "activation": curriculum.activation,
+                "last_epoch_pct": curriculum.last_epoch_pct,
             }
         if dropout is not None:
             fields |= {
                 "burn_in_pct": dropout.burn_in_pct,
                 "burn_in_rate": float(dropout.burn_in_rate),
+                "burn_in_rate_pct": dropout.early_pct,
                 "rate": float(dropout.rate),
+                "late_pct": dropout.late_pct,
+                "late_rate": float(dropout.late_rate),
             }
-            drops = dropout.rate > 0 or dropout.burn_in_rate > 0
+            drops = any(rate > 0 for rate in dropout.rates)
             fields["dropout"] = ("exact" if dropout.exact else "coins") if drops else "none"
         return cls(**(fields | rest))  # type: ignore[arg-type]
 
@@ -124,6 +132,11 @@ class Plan:
     def share(self) -> int:
         """Share kept after burn-in in float64, as bits."""
         return float64_bits(1.0 - self.rate)
+
+    @property
+    def late_share(self) -> int:
+        """Share kept at the end of training in float64, as bits."""
+        return float64_bits(1.0 - self.late_rate)
 
     @property
     def padded_units(self) -> int:
@@ -188,8 +201,9 @@ def curriculum_weight(
         known_M = there_M & (id_M >= 0) & (id_M < N)
         past_ptr_M = history_ptr + id_M * (2 * T) if T > 1 else id_M
         label_M = tl.minimum(tl.maximum(label_M, 0), PLAN.known_labels - 1)
+        told_pct = tl.minimum(epoch_pct, PLAN.last_epoch_pct)
         weight_M = mentornet(
-            loss_M, diff_M, past_ptr_M, known_M, label_M, epoch_pct, theta, T, H, UNITS, F, HIDDEN,
+            loss_M, diff_M, past_ptr_M, known_M, label_M, told_pct, theta, T, H, UNITS, F, HIDDEN,
             LABEL_DIM, EPOCH_DIM, USE_LABEL, OUTPUT, ENCODER, ACTIVATION,
         )  # fmt: skip
     else:
@@ -212,7 +226,8 @@ def final_weight(weight_M, label_M, id_M, ignore_index, N, HISTORY: tl.constexpr
 @triton.jit
 def kept_by_coin(coin_M, epoch_pct, PLAN: tl.constexpr):
     """Bernoulli dropout: which samples stay."""
-    rate = tl.where(epoch_pct < PLAN.burn_in_pct, PLAN.burn_in_rate, PLAN.rate).to(tl.float32)
+    rate = tl.where(epoch_pct < PLAN.late_pct, PLAN.rate, PLAN.late_rate)
+    rate = tl.where(epoch_pct < PLAN.burn_in_rate_pct, PLAN.burn_in_rate, rate).to(tl.float32)
     return coin_M >= rate
 
 
@@ -244,9 +259,12 @@ def _exact_threshold(
     tl.debug_barrier()  # the coins are read back by other threads
     BURN_IN: tl.constexpr = PLAN.burn_in_share
     AFTER: tl.constexpr = PLAN.share
+    LATE: tl.constexpr = PLAN.late_share
     share = tl.where(
-        epoch_pct < PLAN.burn_in_pct, tl.full([], BURN_IN, tl.int64), tl.full([], AFTER, tl.int64)
+        epoch_pct < PLAN.late_pct, tl.full([], AFTER, tl.int64), tl.full([], LATE, tl.int64)
     )
+    burning = epoch_pct < PLAN.burn_in_rate_pct
+    share = tl.where(burning, tl.full([], BURN_IN, tl.int64), share)
     kept = how_many_to_keep(valid, share)
     threshold = block_order_statistic(coin_ptr, B, tl.maximum(kept - 1, 0), BLOCK, ONE_BLOCK)
     below = 0

@@ -65,7 +65,8 @@ def experiment(cifar: Cifar) -> Experiment:
         ),
         train=TrainConfig(epochs=cifar.epochs, batch_size=BATCH),
     )  # fmt: skip
-    method = Method(curriculum=curriculum_preset(cifar.preset, cifar.method, task.rate))
+    wide = cifar.student == "mentornet_resnet101"
+    method = Method(curriculum=curriculum_preset(cifar.preset, cifar.method, task.rate, wide))
     name = f"{cifar.method}-{cifar.preset}-{cifar.student}"
     return Experiment(
         task=task, name=name, method=method, config=config, pad=4, mirror=True, standardise=True

@@ -3,7 +3,7 @@
 import json
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context, parent_process
@@ -53,10 +53,8 @@ def _is_done(experiment: Experiment, folder: Path) -> bool:
     if not path.is_file():
         return False
     found = json.loads(path.read_text())["experiment"]
-    wanted = json.loads(json.dumps(_as_json(experiment), default=str))
-    changed = sorted(
-        name for name in found | wanted if found.get(name) != wanted.get(name) and name != "key"
-    )
+    wanted = json.loads(json.dumps(asdict(experiment), default=str))
+    changed = sorted(_differences(found, wanted))
     if changed:
         raise ValueError(
             f"{path} was made by another recipe (it differs in {', '.join(changed)}): give "
@@ -65,8 +63,13 @@ def _is_done(experiment: Experiment, folder: Path) -> bool:
     return True
 
 
-def _as_json(experiment: Experiment) -> dict[str, Any]:
-    return {"key": experiment.key, **asdict(experiment)}
+def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    """Names of what differs; options that are newer than the results are theirs by default."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in found.keys() & wanted.keys():
+            yield from _differences(found[key], wanted[key], f"{name}.{key}" if name else key)
+    elif found != wanted:
+        yield name
 
 
 def run_grid(experiments: Sequence[Experiment], folder: Path, jobs: int = 0) -> list[str]:

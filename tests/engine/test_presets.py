@@ -33,6 +33,9 @@ def test_the_released_code():
         assert (found.burn_in_dropout, found.example_dropout) == (0.5, 0.05)
         assert found.exact_dropout
     assert dd.freeze_epoch
+    assert (dd.burn_in_dropout_until, dd.late_dropout, dd.late_dropout_from) == (0.17, 0.9, 0.95)
+    inception = curriculum_preset("released-code", "dd", 0.4, wide_resnet=False)
+    assert (pd.late_dropout, inception.late_dropout) == (0.0, 0.0)
     assert not pd.freeze_epoch
 
 

@@ -139,8 +139,25 @@ def test_dtype_is_kept(dtype, exact):
         ({"burn_in_rate": math.nan}, "burn_in_rate.*nan"),
         ({"burn_in_pct": 101}, "101"),
         ({"burn_in_pct": -1}, "-1"),
+        ({"late_rate": 1.0}, "late_rate.*1.0"),
+        ({"late_pct": 101}, "late_pct.*101"),
+        ({"burn_in_rate_pct": -1}, "early_pct.*-1"),
     ],
 )
 def test_bad_rates_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ExampleDropout(**arguments)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_released_schedule(exact):
+    """ "0.5,17,0.05,78,0.9,5" with v = 1 before 18%: three rates, and a burn-in of its own."""
+    dropout = ExampleDropout(18, 0.5, 0.05, exact, burn_in_rate_pct=17, late_pct=95, late_rate=0.9)
+    n = 2000
+    for epoch in range(100):
+        weight = torch.full((n,), 0.25)
+        found = drop(dropout, weight, torch.arange(n), epoch=torch.tensor(epoch), step=epoch)
+        rate = 0.5 if epoch < 17 else 0.05 if epoch < 95 else 0.9
+        kept = int((found > 0).sum())
+        assert kept == round(n * (1 - rate)) if exact else abs(kept - n * (1 - rate)) < 120
+        assert set(found.tolist()) == {0.0, 1.0 if epoch < 18 else 0.25}

@@ -237,13 +237,15 @@ def test_bad_arguments_are_refused(device):
 
 @pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
 @pytest.mark.parametrize("batch", [1, 50, 129, 1100])  # 1100: two tiles of samples
-@pytest.mark.parametrize("step", [3, 50])  # burn-in, and after it
+@pytest.mark.parametrize("step", [3, 50, 97])  # burn-in, after it, and the end
 def test_the_same_mask_as_the_reference(step, batch, moving_avg, device):
     logits, labels = draw(batch, 3)
     labels[::7] = -100
     labels[0] = 1
     ids = torch.arange(batch) * (2**33 + 1)  # both words of the counter
-    for dropout in (COINS, EXACT, ExampleDropout(20, 0.9, 0.05, exact=True)):
+    three = {"burn_in_rate_pct": 17, "late_pct": 95, "late_rate": 0.8}
+    released = [ExampleDropout(18, 0.5, 0.05, exact, **three) for exact in (False, True)]
+    for dropout in (COINS, EXACT, ExampleDropout(20, 0.9, 0.05, exact=True), *released):
         run = Run(ClosedForm("uniform"), device, step=step, dropout=dropout, moving_avg=moving_avg)
         found, _ = run.step(logits, labels, ids)
         assert set(found.sample_weight.unique().tolist()) <= {0.0, 1.0}
@@ -256,6 +258,17 @@ def test_the_same_mask_as_the_reference(step, batch, moving_avg, device):
     count = math.floor(int(valid.sum()) * (1 - rate) + 1e-6)
     assert kept.sum() == count
     assert kept[:count].all()  # of equal coins the first rows
+
+
+def test_a_frozen_epoch(device):
+    """Late in training a net that is told 18% at most answers as it does at 18%."""
+    logits, labels = draw(50, 3)
+    net = mentor()
+    frozen, _ = Run(net._replace(last_epoch_pct=18), device, step=90).step(logits, labels)
+    then, _ = Run(net, device, step=18).step(logits, labels)
+    now, _ = Run(net, device, step=90).step(logits, labels)
+    assert torch.equal(frozen.sample_weight, then.sample_weight)
+    assert not torch.equal(frozen.sample_weight, now.sample_weight)
 
 
 FORMS = {  # of the step: how the gradient comes to be
