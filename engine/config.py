@@ -147,6 +147,8 @@ class CurriculumConfig:
     """Then: shares of training at which it is learned again, the first at the end of burn-in."""
     lstm_units: int = 1
     """Then: hidden units of its bi-LSTM, a direction."""
+    use_label: bool = False
+    """Then: let it read the given label: some classes' labels are wrong more often than others'."""
     sharpness: float = 4.0
     """Then: what the logit of the weight is multiplied by. 1: the weight is the probability that
     the label is right; large: it is 1 where that is above ½."""

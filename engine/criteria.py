@@ -51,7 +51,7 @@ def choose_trusted(
         )
     chosen = ids[philox(seed, 0, ids, Stream.TRUSTED)[0].argsort(stable=True)[:count]]
     chosen = chosen.sort().values.to(labels_N.device)
-    return Trusted(chosen, clean_labels_N[chosen] == labels_N[chosen])
+    return Trusted(chosen, clean_labels_N[chosen] == labels_N[chosen], labels_N[chosen])
 
 
 def _curriculum(config: CurriculumConfig) -> ClosedForm | MentorNet:
@@ -116,6 +116,7 @@ def create_criterion(
             learn_at=config.learn_at,
             history_steps=config.history_steps,
             lstm_units=config.lstm_units,
+            num_labels=num_classes if config.use_label else 0,
             sharpness=config.sharpness,
             **settings,
         ).to(device)

@@ -29,6 +29,7 @@ class Trusted(NamedTuple):
 
     sample_ids: Tensor  # [n] int64, distinct
     is_right: Tensor  # [n] bool: the given label is the true one
+    labels: Tensor | None = None  # [n] int64, as given; for a MentorNet that reads them
 
 
 class VisitLog(nn.Module):
@@ -98,12 +99,15 @@ class VisitLog(nn.Module):
         return table[:, -self.table.shape[1] :]
 
 
-def features_of(visits: Tensor, is_right: Tensor) -> tuple[Features, Tensor]:
+def features_of(
+    visits: Tensor, is_right: Tensor, labels: Tensor | None = None
+) -> tuple[Features, Tensor]:
     """Every visit as one point to learn from.
 
     Args:
         visits: [n, V, 4] of `VisitLog.latest`.
         is_right: [n] bool.
+        labels: [n] int64, as given; None: not to be read.
 
     Returns:
         The features of the visits there were, and v* of each, float32.
@@ -116,8 +120,9 @@ def features_of(visits: Tensor, is_right: Tensor) -> tuple[Features, Tensor]:
         raise ValueError("none of the trusted samples has been visited yet: nothing to learn from")
     target = is_right.to(visits.device)[:, None].expand(there.shape)[there].to(torch.float32)
     loss, diff, pct, _ = visits[there].unbind(1)
-    zeros = torch.zeros_like(loss, dtype=torch.int64)
-    return Features(loss.contiguous(), diff.contiguous(), zeros, pct.to(torch.int64)), target
+    label = torch.zeros(len(there), dtype=torch.int64) if labels is None else labels
+    label = label.to(visits.device)[:, None].expand(there.shape)[there]
+    return Features(loss.contiguous(), diff.contiguous(), label, pct.to(torch.int64)), target
 
 
 def features_of_history(history: Tensor, trusted: Trusted, pct: Tensor) -> tuple[Features, Tensor]:
@@ -138,9 +143,9 @@ def features_of_history(history: Tensor, trusted: Trusted, pct: Tensor) -> tuple
     seen = ~loss[:, -1].isnan()
     if not bool(seen.any()):
         raise ValueError("none of the trusted samples has been visited yet: nothing to learn from")
-    ids = trusted.sample_ids[seen]
-    zeros = torch.zeros_like(ids)
-    features = Features(loss[seen], diff[seen], zeros, zeros + pct)
+    zeros = torch.zeros_like(trusted.sample_ids[seen])
+    labels = zeros if trusted.labels is None else trusted.labels[seen]
+    features = Features(loss[seen], diff[seen], labels, zeros + pct)
     return features, trusted.is_right[seen].to(torch.float32)
 
 
@@ -155,6 +160,13 @@ def sharpen(mentor: MentorNet, sharpness: float) -> MentorNet:
     return mentor
 
 
+def new_mentor(lstm_units: int, num_labels: int) -> MentorNet:
+    """A MentorNet with fresh Θ that reads the label if there is a number of them."""
+    if num_labels:
+        return MentorNet(lstm_units=lstm_units, num_labels=num_labels, use_label=True)
+    return MentorNet(lstm_units=lstm_units)
+
+
 def fit_visits(
     features: Features,
     is_right: Tensor,
@@ -162,6 +174,7 @@ def fit_visits(
     seed: int = 0,
     steps: int = 1000,
     lstm_units: int = 1,
+    num_labels: int = 0,
     use_epoch: bool = False,
     sharpness: float = 1.0,
 ) -> MentorNet:
@@ -173,6 +186,7 @@ def fit_visits(
         seed: of Θ and the order of the points.
         steps: of the optimiser.
         lstm_units: of the MentorNet, a direction.
+        num_labels: C, to read the given label, which fits one label set only; 0: do not.
         use_epoch: read the training progress; otherwise the curriculum is the same throughout.
         sharpness: see `sharpen`.
 
@@ -190,7 +204,7 @@ def fit_visits(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mentor = MentorNet(lstm_units=lstm_units)
+        mentor = new_mentor(lstm_units, num_labels)
     mentor.to(features.loss.device)
     if not use_epoch:
         with torch.no_grad():  # the same row for every percentage, whatever is learned elsewhere
@@ -206,6 +220,7 @@ def fit_visits(
         "seed": seed,
         "steps": steps,
         "use_epoch": use_epoch,
+        "use_label": num_labels > 0,
         "sharpness": sharpness,
         "held_out": error,
         "torch": torch.__version__,
@@ -226,6 +241,7 @@ class DataDriven(Reweight):
         learn_at: shares of training at which Θ is learned (again), the first at ``burn_in``.
         history_steps: T. Above 1, a weight is that of a sample's last T visits together.
         lstm_units: of the MentorNet, a direction.
+        num_labels: C, to learn a curriculum that reads the given label; 0: one that does not.
         fit_steps: of the optimiser, each time.
         sharpness: see `sharpen`.
         settings: further options of `Reweight`.
@@ -236,6 +252,7 @@ class DataDriven(Reweight):
 
     trusted_ids: Tensor
     is_right: Tensor
+    trusted_labels: Tensor | None
 
     def __init__(
         self,
@@ -246,6 +263,7 @@ class DataDriven(Reweight):
         learn_at: Sequence[float] = (0.2, 0.5, 0.75),
         history_steps: int = 1,
         lstm_units: int = 1,
+        num_labels: int = 0,
         fit_steps: int = 1000,
         sharpness: float = 4.0,
         burn_in: float = 0.2,
@@ -253,7 +271,7 @@ class DataDriven(Reweight):
         **settings: object,
     ) -> None:
         super().__init__(
-            MentorNet(lstm_units=lstm_units),
+            new_mentor(lstm_units, num_labels),
             num_samples=num_samples,
             total_steps=total_steps,
             history_steps=history_steps,
@@ -272,11 +290,18 @@ class DataDriven(Reweight):
         self.fit_options: dict[str, Any] = {
             "steps": fit_steps,
             "lstm_units": lstm_units,
+            "num_labels": num_labels,
             "sharpness": sharpness,
         }
         self.learned: dict[int, MentorNet] = {}  # by step, those of this process, for reports
         self.register_buffer("trusted_ids", trusted.sample_ids.clone())
         self.register_buffer("is_right", trusted.is_right.clone())
+        if num_labels and trusted.labels is None:
+            raise ValueError(
+                "to read the labels, D' needs them: Trusted(sample_ids, is_right, labels)"
+            )
+        read = trusted.labels if num_labels else None
+        self.register_buffer("trusted_labels", None if read is None else read.clone())
         self.log = VisitLog(trusted, num_samples, 1) if self.history is None else None
 
     def weigh(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
@@ -297,9 +322,10 @@ class DataDriven(Reweight):
     def _features(self) -> tuple[Features, Tensor]:
         """What D' looks like to the student now."""
         if self.log is not None:
-            return features_of(self.log.latest(self.group), self.is_right)
+            visits = self.log.latest(self.group)
+            return features_of(visits, self.is_right, self.trusted_labels)
         assert self.history is not None
-        trusted = Trusted(self.trusted_ids, self.is_right)
+        trusted = Trusted(self.trusted_ids, self.is_right, self.trusted_labels)
         return features_of_history(self.history, trusted, self.epoch_pct())
 
     def update_curriculum(self, step: int) -> None:

@@ -100,6 +100,35 @@ def test_reads_the_epoch_only_where_asked():
     assert (mentor(*late)[right == 1]).mean() < 0.1
 
 
+def test_reads_the_label_only_where_asked():
+    """All labels of class 1 are wrong, at the same losses: only the label can tell."""
+    generator = torch.Generator().manual_seed(0)
+    loss, labels = torch.rand(600, generator=generator), torch.arange(600) % 3
+    features = Features(loss, loss - 0.5, labels, torch.zeros_like(labels))
+    right = (labels != 1).float()
+    reading = fit_visits(features, right, steps=400, num_labels=3)(*features)
+    assert reading[right == 1].mean() > 0.95
+    assert reading[right == 0].mean() < 0.05
+    blind = fit_visits(features, right, steps=400)(*features)
+    assert (blind[right == 1].mean() - blind[right == 0].mean()).abs() < 0.1
+
+
+def test_a_run_learns_by_label():
+    """Labels are 0 in even and 1 in odd samples, all losses alike; odd ones are wrong."""
+    ids = torch.arange(32)
+    trusted = Trusted(ids, ids % 2 == 0, ids % 2)
+    criterion = DataDriven(
+        trusted, num_samples=32, total_steps=20, learn_at=(0.2,), fit_steps=300, num_labels=2
+    )
+    for step in range(8):
+        criterion.update_curriculum(step)
+        out = criterion.weigh(torch.zeros(32, 2), ids % 2, ids)
+    assert (out.sample_weight[::2] > 0.9).all()
+    assert (out.sample_weight[1::2] < 0.1).all()
+    with pytest.raises(ValueError, match="labels"):
+        DataDriven(trusted._replace(labels=None), num_samples=32, total_steps=20, num_labels=2)
+
+
 def test_sharpening_keeps_the_order_and_the_half():
     features, right = _points(300)
     mentor = fit_visits(features, right, steps=100)
