@@ -143,10 +143,13 @@ class CurriculumConfig:
     trusted: float = 0.0
     """Above 0, learn the curriculum from the run itself (MentorNet DD; name must be dd): this share
     of the training samples, drawn by the seed among those with a known clean label, is its D'."""
-    learn_at: tuple[float, ...] = (0.2, 0.5, 0.75)
-    """Then: shares of training at which it is learned again, the first at the end of burn-in."""
+    learn_at: tuple[float, ...] = (0.2, 0.3, 0.55, 0.8)
+    """Then: shares of training at which it is learned again, the first at the end of burn-in, others
+    some time after the learning rate has dropped."""
     lstm_units: int = 1
     """Then: hidden units of its bi-LSTM, a direction."""
+    use_loss: bool = False
+    """Then: let it read the loss, not just its difference from ℓ_pt."""
     use_label: bool = False
     """Then: let it read the given label: some classes' labels are wrong more often than others'."""
     sharpness: float = 4.0

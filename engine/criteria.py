@@ -117,6 +117,7 @@ def create_criterion(
             history_steps=config.history_steps,
             lstm_units=config.lstm_units,
             num_labels=num_classes if config.use_label else 0,
+            use_loss=config.use_loss,
             sharpness=config.sharpness,
             **settings,
         ).to(device)

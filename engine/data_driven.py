@@ -167,6 +167,17 @@ def new_mentor(lstm_units: int, num_labels: int) -> MentorNet:
     return MentorNet(lstm_units=lstm_units)
 
 
+def _ignore_loss(mentor: MentorNet) -> None:
+    """Makes the LSTMs' weights of the loss 0, and keeps them there."""
+    only_diff = torch.tensor([0.0, 1.0], device=mentor.fc1.weight.device)
+    for lstm in (mentor.forward_lstm, mentor.backward_lstm):
+        assert lstm is not None
+        weight = lstm.get_parameter("weight_ih")
+        with torch.no_grad():
+            weight.mul_(only_diff)
+        weight.register_hook(only_diff.mul)
+
+
 def fit_visits(
     features: Features,
     is_right: Tensor,
@@ -175,6 +186,7 @@ def fit_visits(
     steps: int = 1000,
     lstm_units: int = 1,
     num_labels: int = 0,
+    use_loss: bool = False,
     use_epoch: bool = False,
     sharpness: float = 1.0,
 ) -> MentorNet:
@@ -187,6 +199,8 @@ def fit_visits(
         steps: of the optimiser.
         lstm_units: of the MentorNet, a direction.
         num_labels: C, to read the given label, which fits one label set only; 0: do not.
+        use_loss: read the loss itself, not just its difference from ℓ_pt. Where ℓ_pt hardly moves
+            among the visits the two are one, and what is learned of the other is arbitrary.
         use_epoch: read the training progress; otherwise the curriculum is the same throughout.
         sharpness: see `sharpen`.
 
@@ -210,6 +224,8 @@ def fit_visits(
         with torch.no_grad():  # the same row for every percentage, whatever is learned elsewhere
             mentor.epoch_embedding.zero_()
         mentor.epoch_embedding.requires_grad_(False)
+    if not use_loss:
+        _ignore_loss(mentor)
     learn, held_out = (part.to(is_right.device) for part in split_points(len(is_right), seed))
     fit_weights(mentor, features.rows(learn), is_right[learn], seed=seed, steps=steps)
     error = fit_error(mentor, features.rows(held_out), is_right[held_out])
@@ -219,6 +235,7 @@ def fit_visits(
         "right": right,
         "seed": seed,
         "steps": steps,
+        "use_loss": use_loss,
         "use_epoch": use_epoch,
         "use_label": num_labels > 0,
         "sharpness": sharpness,
@@ -242,6 +259,7 @@ class DataDriven(Reweight):
         history_steps: T. Above 1, a weight is that of a sample's last T visits together.
         lstm_units: of the MentorNet, a direction.
         num_labels: C, to learn a curriculum that reads the given label; 0: one that does not.
+        use_loss: see `fit_visits`.
         fit_steps: of the optimiser, each time.
         sharpness: see `sharpen`.
         settings: further options of `Reweight`.
@@ -260,10 +278,11 @@ class DataDriven(Reweight):
         *,
         num_samples: int,
         total_steps: int,
-        learn_at: Sequence[float] = (0.2, 0.5, 0.75),
+        learn_at: Sequence[float] = (0.2, 0.3, 0.55, 0.8),
         history_steps: int = 1,
         lstm_units: int = 1,
         num_labels: int = 0,
+        use_loss: bool = False,
         fit_steps: int = 1000,
         sharpness: float = 4.0,
         burn_in: float = 0.2,
@@ -291,6 +310,7 @@ class DataDriven(Reweight):
             "steps": fit_steps,
             "lstm_units": lstm_units,
             "num_labels": num_labels,
+            "use_loss": use_loss,
             "sharpness": sharpness,
         }
         self.learned: dict[int, MentorNet] = {}  # by step, those of this process, for reports

@@ -123,7 +123,7 @@ def test_the_grid_goes_on_where_it_was(tmp_path):
 
 def test_a_learning_run_leaves_its_mentornets_and_their_pictures(tmp_path):
     assert run_grid([_experiment("mentornet_dd")], tmp_path, jobs=1) == []
-    assert len(list(tmp_path.glob("*.at-*.safetensors"))) == 3
+    assert len(list(tmp_path.glob("*.at-*.safetensors"))) == 4
     write_report(read_results(tmp_path), tmp_path)
     assert (tmp_path / "surfaces.png").stat().st_size > 10_000
     assert (tmp_path / "objectives.png").stat().st_size > 10_000

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mentorch.engine.criteria import choose_trusted
+from mentorch.engine.curricula import resolve_curriculum
 from mentorch.engine.data_driven import (
     DataDriven,
     Trusted,
@@ -129,6 +130,16 @@ def test_a_run_learns_by_label():
         DataDriven(trusted._replace(labels=None), num_samples=32, total_steps=20, num_labels=2)
 
 
+def test_reads_the_difference_only_unless_asked():
+    """At one ℓ_pt loss and difference say the same; at another only the difference still does."""
+    features, right = _points()
+    by_diff = fit_visits(features, right, steps=300)
+    elsewhere = features._replace(loss=features.loss + 7)
+    assert torch.equal(by_diff(*elsewhere), by_diff(*features))
+    by_both = fit_visits(features, right, steps=300, use_loss=True)
+    assert not torch.equal(by_both(*elsewhere), by_both(*features))
+
+
 def test_sharpening_keeps_the_order_and_the_half():
     features, right = _points(300)
     mentor = fit_visits(features, right, steps=100)
@@ -247,6 +258,17 @@ def test_d_prime_is_drawn_from_known_labels_by_the_seed():
     assert not torch.equal(other.sample_ids, trusted.sample_ids)
     with pytest.raises(ValueError, match="have a known clean label"):
         choose_trusted(labels, clean, torch.arange(90), 0.9, seed=1)
+
+
+def test_the_shipped_one_has_a_robust_objective():
+    """Proposition 1 asks for a weight that falls with the loss; nothing else is read."""
+    mentor = resolve_curriculum("dd")
+    diff, zeros = torch.linspace(-10, 30, 401), torch.zeros(401, dtype=torch.int64)
+    weight = mentor(diff + 2, diff, zeros, torch.tensor(50))
+    assert (weight.diff() <= 1e-6).all()
+    assert weight[0] > 0.95
+    assert weight[-1] < 0.05
+    assert torch.equal(weight, mentor(diff + 9, diff, zeros, torch.tensor(99)))
 
 
 def test_a_learned_mentornet_is_like_any_other(tmp_path):
