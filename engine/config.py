@@ -144,8 +144,8 @@ class CurriculumConfig:
     """Above 0, learn the curriculum from the run itself (MentorNet DD; name must be dd): this share
     of the training samples, drawn by the seed among those with a known clean label, is its D'."""
     learn_at: tuple[float, ...] = (0.2, 0.3, 0.55, 0.8)
-    """Then: shares of training at which it is learned again, the first at the end of burn-in, others
-    some time after the learning rate has dropped."""
+    """Then: shares of training at which it is learned again: at the end of burn-in, and some time
+    after the learning rate has dropped."""
     lstm_units: int = 1
     """Then: hidden units of its bi-LSTM, a direction."""
     use_loss: bool = False
