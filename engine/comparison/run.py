@@ -230,9 +230,8 @@ def run_experiment(
             print(_line(step // spade.steps_per_epoch, found), flush=True)
     if mentors_out is not None and isinstance(spade.criterion, DataDriven):
         for step, mentor in spade.criterion.learned.items():
-            mentor.save(
-                mentors_out / f"{experiment.key}.at-{100 * step // spade.total_steps}.safetensors"
-            )
+            pct = round(100 * step / spade.total_steps)
+            mentor.save(mentors_out / f"{experiment.key}.at-{pct}.safetensors")
     top1 = curves["top1"]
     return {
         "experiment": {"key": experiment.key, **asdict(experiment)},
