@@ -13,6 +13,7 @@ the posterior that it is right (noise layer), or the weight of its gradient agai
 (GCE). Shapes: B batch, C classes.
 """
 
+from abc import abstractmethod
 from typing import Literal
 
 import torch
@@ -27,6 +28,7 @@ from mentorch.kernels.reweight import Reweighted
 class Baseline(Criterion):
     """A mean of some loss per sample; a subclass says which."""
 
+    @abstractmethod
     def sample_objective(self, log_p_BC: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         """The loss [B] that is minimised and the trust [B] in the labels.
 
@@ -34,7 +36,6 @@ class Baseline(Criterion):
             log_p_BC: the student's log-probabilities, float32 at least.
             labels_B: the labels given, in [0, C).
         """
-        raise NotImplementedError
 
     def weigh(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
         """One training step; arguments as `Criterion.weigh`."""

@@ -27,6 +27,13 @@ BASELINES: dict[str, Callable[..., Criterion]] = {  # each takes C and what `Cri
 }
 
 
+_SAME_NAMES = (  # options of `Reweight` that the configuration calls the same
+    "loss_percentile", "decay", "moving_avg", "burn_in", "burn_in_dropout",
+    "burn_in_dropout_until", "example_dropout", "late_dropout", "late_dropout_from",
+    "exact_dropout", "freeze_epoch",
+)  # fmt: skip
+
+
 def choose_trusted(
     labels_N: Tensor, clean_labels_N: Tensor, sample_ids: Tensor, share: float, seed: int
 ) -> Trusted:
@@ -93,20 +100,10 @@ def create_criterion(
         return BASELINES[config.name](num_classes, **shared).to(device)
     settings: dict[str, Any] = {
         "total_steps": total_steps,
-        "loss_percentile": config.loss_percentile,
-        "decay": config.decay,
-        "moving_avg": config.moving_avg,
-        "burn_in": config.burn_in,
-        "burn_in_dropout": config.burn_in_dropout,
-        "burn_in_dropout_until": config.burn_in_dropout_until,
-        "example_dropout": config.example_dropout,
-        "late_dropout": config.late_dropout,
-        "late_dropout_from": config.late_dropout_from,
-        "exact_dropout": config.exact_dropout,
-        "freeze_epoch": config.freeze_epoch,
         "seed": seed,
         "ignore_index": IGNORED,
         "group": group,
+        **{name: getattr(config, name) for name in _SAME_NAMES},
     }
     if config.trusted:
         trusted = choose_trusted(labels_N, clean_labels_N, sample_ids, config.trusted, seed)

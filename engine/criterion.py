@@ -1,5 +1,7 @@
 """What SPADE needs of a loss: weights for a batch, and perhaps a curriculum that changes."""
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from mentorch.kernels.reweight import Reweighted
 
 
-class Criterion(nn.Module):
+class Criterion(nn.Module, ABC):
     """A loss over noisy labels: `Reweight`, what it is compared with, or your own.
 
     In training mode every call is one step; in eval mode it is plain mean cross-entropy. Parameters
@@ -28,6 +30,7 @@ class Criterion(nn.Module):
         self.group = group
         self.register_buffer("loss_moving_avg", torch.zeros(()))
 
+    @abstractmethod
     def weigh(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
         """One training step with everything it computed: loss, sample losses, weights, ℓ_pt.
 
@@ -36,7 +39,6 @@ class Criterion(nn.Module):
             labels: [B] int64; ``ignore_index`` for rows that do not count.
             index: [B] int64 sample ids; below 0 for rows that are no sample.
         """
-        raise NotImplementedError
 
     def update_curriculum(self, step: int) -> None:
         """Lines 5 to 7 of Algorithm 1, called before every step; most curricula stay as they are.

@@ -14,8 +14,7 @@ Shapes as in `rows`: B batch, C classes, L lanes, V elements of a lane in one 16
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from mentorch.kernels.backend import on_its_device, runs_kernels, tickets, tl, triton, vector_width
 from mentorch.kernels.rows import (
@@ -313,7 +312,7 @@ def launch_backward(
 # ---- Registration with torch --------------------------------------------------------------------
 
 
-@custom_op("mentorch::cross_entropy", mutates_args=())
+@library.custom_op("mentorch::cross_entropy", mutates_args=())
 def _cross_entropy(
     logits: Tensor, labels: Tensor, ignore_index: int, smoothing: float
 ) -> tuple[Tensor, Tensor]:
@@ -325,7 +324,7 @@ def _(logits, labels, ignore_index, smoothing):
     return row_buffers(logits)
 
 
-@custom_op("mentorch::cross_entropy_gradient", mutates_args=())
+@library.custom_op("mentorch::cross_entropy_gradient", mutates_args=())
 def cross_entropy_gradient(
     logits: Tensor,
     labels: Tensor,

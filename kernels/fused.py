@@ -15,8 +15,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from mentorch.kernels.backend import on_its_device, tickets, tl, triton, vector_width
 from mentorch.kernels.cross_entropy import (
@@ -441,7 +440,7 @@ def _weigh_fake(loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 def _operator(name: str, function: Any, fake: Any, tensors: str, outputs: int) -> Any:
     """``mentorch::{name}``, which takes ``tensors`` and then what `_STATE_SCHEMA` lists."""
     results = ", ".join(["Tensor"] * outputs)
-    operator = custom_op(
+    operator = library.custom_op(
         f"mentorch::{name}",
         function,
         mutates_args=_CHANGED,
@@ -464,7 +463,7 @@ weigh = _operator(
 )
 
 
-@custom_op("mentorch::present_losses", mutates_args=())
+@library.custom_op("mentorch::present_losses", mutates_args=())
 def present_losses(
     logits: Tensor, labels: Tensor, ignore_index: int, smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -479,7 +478,7 @@ def _(logits, labels, ignore_index, smoothing):
     return *row_buffers(logits), _float32(logits, logits.shape[0])
 
 
-@custom_op("mentorch::correct_gradient", mutates_args=("grad",))
+@library.custom_op("mentorch::correct_gradient", mutates_args=("grad",))
 def correct_gradient(
     grad: Tensor,
     written: Tensor,

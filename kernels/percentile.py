@@ -17,8 +17,7 @@ Shapes: B losses.
 """
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from mentorch.kernels.backend import (
     float64_bits,
@@ -224,7 +223,7 @@ def launch_percentile(
     return q, new_avg
 
 
-_percentile = custom_op("mentorch::percentile", launch_percentile, mutates_args=())
+_percentile = library.custom_op("mentorch::percentile", launch_percentile, mutates_args=())
 
 
 @_percentile.register_fake

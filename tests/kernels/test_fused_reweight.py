@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mentorch
@@ -477,15 +477,15 @@ def arguments(device, curriculum, lagged, classes=10):
 
 @pytest.mark.parametrize("curriculum", [LINEAR, mentor()], ids=["linear", "mentor"])
 def test_opcheck(curriculum, device):
-    opcheck(fused.reweight_step, arguments(device, curriculum, False))
-    opcheck(fused.reweight_one_pass, arguments(device, curriculum, True))
+    library.opcheck(fused.reweight_step, arguments(device, curriculum, False))
+    library.opcheck(fused.reweight_one_pass, arguments(device, curriculum, True))
     logits, labels, *rest = arguments(device, curriculum, False)
-    opcheck(fused.present_losses, (logits, labels, -100, 0.1))
+    library.opcheck(fused.present_losses, (logits, labels, -100, 0.1))
     loss, lse, present = fused.present_losses(logits, labels, -100, 0.1)
     everyone, ids = present.repeat(2), torch.arange(12, device=device)
-    opcheck(fused.weigh, (loss, lse, everyone, ids, labels, *rest))
+    library.opcheck(fused.weigh, (loss, lse, everyone, ids, labels, *rest))
     grad, scalar = torch.zeros_like(logits), torch.tensor(2.0, device=device)
-    opcheck(
+    library.opcheck(
         fused.correct_gradient,
         (grad, scalar, logits, labels, lse, loss, scalar.clone(), scalar.clone(), -100, 0.1),
     )
