@@ -26,8 +26,9 @@ from mentorch.engine.optim import (
 from mentorch.engine.student import autocast_dtype, forward
 from mentorch.kernels.reweight import Reweighted
 
-Observer = Callable[[Tensor, Tensor, Reweighted], None]
-"""Sees every step: sample ids [B] (−1: no sample), given labels [B], what the criterion found."""
+Observer = Callable[[Tensor, Tensor, Tensor, Reweighted], None]
+"""Sees every step: sample ids [B] (−1: no sample), logits [B, C], given labels [B] and what the
+criterion found."""
 
 USED = 0.001  # a weight above this counts as used, as in the released code's data utilisation
 # Sums over samples, then the counts they are divided by.
@@ -120,7 +121,7 @@ class Spade:
         self._update(out, labels)  # line 12: w ← w − α ∇F
         self._count(out, labels, self.clean_labels_N[batch.sample_ids.clamp(min=0)])
         for observe in self.observers:
-            observe(batch.sample_ids, labels, out)
+            observe(batch.sample_ids, logits.detach(), labels, out)
 
     def _update(self, out: Reweighted, labels: Tensor) -> None:
         optim = self.config.optim

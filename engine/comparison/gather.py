@@ -31,7 +31,7 @@ def gather_visits(experiment: Experiment) -> tuple[Tensor, Tensor]:
     log = VisitLog(everything, len(is_right), config.train.epochs).to(device)
     total = spade.total_steps
 
-    def note(sample_ids: Tensor, labels: Tensor, out: Reweighted) -> None:
+    def note(sample_ids: Tensor, logits: Tensor, labels: Tensor, out: Reweighted) -> None:
         step = torch.tensor(spade.step_count, device=device)
         diff = out.sample_loss - out.loss_moving_avg
         log.record(sample_ids, out.sample_loss, diff, step * EPOCHS // total, step)

@@ -23,7 +23,7 @@ class WeightLog:
         self.loss = torch.zeros_like(self.weight)
         self.histograms: dict[str, list[list[int]]] = {"right": [], "wrong": []}
 
-    def __call__(self, sample_ids: Tensor, labels: Tensor, out: Reweighted) -> None:
+    def __call__(self, sample_ids: Tensor, logits: Tensor, labels: Tensor, out: Reweighted) -> None:
         """Notes a step."""
         self.weight[sample_ids] = out.sample_weight.float()
         self.loss[sample_ids] = out.sample_loss.float()

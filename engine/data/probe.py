@@ -108,9 +108,9 @@ def probe_images(root: str, paths: list[str], known: list[Probe | None]) -> list
 
 def _probe_regular(path: Path, found: os.stat_result) -> Probe:
     size = 0 if stat.S_ISDIR(found.st_mode) else found.st_size  # a folder's depends on the disk
-    unfit = _unfit(found)
-    if unfit:
-        return Probe("broken", size, 0, 0, unfit)
+    reason = unfit(found)
+    if reason:
+        return Probe("broken", size, 0, 0, reason)
     data = path.read_bytes()
     name = sniff_format(data)
     if name is None:
@@ -124,8 +124,8 @@ def _probe_regular(path: Path, found: os.stat_result) -> Probe:
         return Probe("broken", size, 0, 0, reason[:300])
 
 
-def _unfit(found: os.stat_result) -> str:
-    """Why a file is not even opened; "" when it may be an image."""
+def unfit(found: os.stat_result) -> str:
+    """Why a file is not even read; "" when it may be an image."""
     if stat.S_ISDIR(found.st_mode):
         return "a folder, not a file"
     if not stat.S_ISREG(found.st_mode):

@@ -10,7 +10,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,11 +19,10 @@ from PIL import Image
 from mentorch.engine.data.crops import Sizes, Windows
 from mentorch.engine.data.index import Index
 from mentorch.engine.data.order import PADDING, Ids
-from mentorch.engine.data.probe import has_jpeg_end, sniff_format
+from mentorch.engine.data.readers import Bytes, FileReader
 
 log = logging.getLogger(__name__)
 
-Bytes = NDArray[np.uint8]
 Cut = Callable[[Sizes, Ids, int], Windows]  # sizes [B, 2], sample ids [B], epoch
 
 
@@ -47,20 +45,6 @@ def _placeholder() -> Bytes:
 PLACEHOLDER = _placeholder()
 
 
-def read_image(path: Path) -> Bytes | str:
-    """The bytes of an image file, or why they are none."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        return error.strerror or str(error)
-    kind = sniff_format(data[:32])
-    if kind is None:
-        return "not an image that DALI decodes"
-    if kind == "JPEG" and not has_jpeg_end(data):
-        return "truncated JPEG"
-    return np.frombuffer(data, np.uint8)
-
-
 class BatchSource:
     """Yields encoded batches in order, with the next ones being read in the background.
 
@@ -72,7 +56,8 @@ class BatchSource:
     """
 
     def __init__(self, index: Index, cut: Cut, threads: int, read_ahead: int) -> None:
-        self.root, self.paths, self.sizes = index.root, index.paths(), index.sizes()
+        self.index, self.sizes = index, index.sizes()
+        self.reader = FileReader(index.root, index.paths())
         self.cut = cut
         self.read_ahead = read_ahead
         self.unreadable: dict[int, str] = {}  # sample id → reason, as found while streaming
@@ -94,8 +79,7 @@ class BatchSource:
 
     def _start_reading(self, sample_ids: Ids) -> list[Future[Bytes | str]]:
         real = sample_ids[sample_ids != PADDING]
-        names = self.paths.take(real).to_pylist()
-        return [self._pool.submit(read_image, self.root / name) for name in names]
+        return [self._pool.submit(self.reader.read, int(sample_id)) for sample_id in real]
 
     def _assemble(
         self, sample_ids: Ids, epoch: int, reads: list[Future[Bytes | str]]
@@ -116,7 +100,7 @@ class BatchSource:
 
     def _note(self, sample_id: int, reason: str) -> None:
         if sample_id not in self.unreadable:
-            path = self.root / self.paths[sample_id].as_py()
+            path = self.index.root / self.index.path(sample_id)
             log.warning("skipping %s: %s", path, reason)
             self.unreadable[sample_id] = reason
 
