@@ -1,5 +1,8 @@
 """`pytest bench`: on a GPU all rows, then results/ and RESULTS.md; elsewhere a smoke test.
 
+That is said of the kernels. The data path (bench_loader, bench_index) is measured on any machine,
+by a session of its own (`data_session`).
+
     pytest bench                                # everything
     pytest bench -k "mentorch and B256"         # some rows, timed and printed, nothing written
     pytest bench --bench-plan -q                # which rows an H100 would get, and how long
@@ -32,6 +35,9 @@ def pytest_addoption(parser):
         "--bench-budget-s", type=float, default=450.0, help="begin no row after so many seconds"
     )
     group.addoption("--bench-plan", action="store_true", help="list the rows for an H100 and stop")
+    group.addoption(
+        "--bench-quick", action="store_true", help="data path: one small round, nothing is written"
+    )
 
 
 def pytest_configure(config):
@@ -68,7 +74,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_report_header(config):
     if not torch.cuda.is_available():
-        return "bench: no GPU: smoke test, not a measurement"
+        return "bench: no GPU: smoke test, not a measurement, of the kernels"
     return f"bench: {torch.cuda.get_device_name()}, at most {_budget_s(config):.0f} s"
 
 
@@ -126,6 +132,8 @@ def pytest_terminal_summary(terminalreporter, config):
     done = config.stash.get(_SESSION, None)
     if done is None:
         return
+    if not (done.records or done.left_out):
+        return  # no row of a kernel was asked for
     if not done.on_gpu:
         terminalreporter.section("no GPU: smoke test, not a measurement; nothing was written")
         return

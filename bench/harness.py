@@ -8,6 +8,7 @@ first sample.
 import json
 import subprocess
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,19 +49,26 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def facts(clock: Any) -> dict[str, Any]:
-    """What is the same for all rows of a session."""
+def origin(packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
+    """Versions of the packages that are installed, the date and the commit."""
     commit = _git("rev-parse", "--short=12", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        **{package: found for package in packages if (found := _version(package))},
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": f"{commit} with changes" if commit and changed else commit,
+    }
+
+
+def facts(clock: Any) -> dict[str, Any]:
+    """What is the same for all rows of a session."""
     on_gpu = clock.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "l2_bytes": clock.l2_bytes,
         "copy_gb_s": clock.copy_bytes_a_us() / 1e3 if clock.measures else None,
         "cuda": torch.version.cuda,
-        **{package: found for package in _PACKAGES if (found := _version(package))},
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": f"{commit} with changes" if commit and changed else commit,
+        **origin(),
     }
 
 

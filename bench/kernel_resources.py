@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mentorch.kernels import cross_entropy, fused, percentile, reweight, rows
+from mentorch.kernels import cross_entropy, fused, ledger, percentile, reweight, rows
 from mentorch.kernels.example_dropout import ExampleDropout
 from mentorch.kernels.mentor import ClosedForm, Curriculum, LstmWeights, MentorWeights
 from mentorch.kernels.weigh import Plan
@@ -216,6 +216,12 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 f"cross_entropy gradient {size} {name}",
                 lambda z=logits, y=labels, r=row: cross_entropy.launch_backward(
                     z, y, _empty(2, len(r)), r, _empty(), _empty(), -100, 0.0
+                ),
+            )
+            yield (
+                f"ledger {size} {name}",
+                lambda z=logits, y=labels, r=row: ledger.launch_record(
+                    _empty(2_400_001, ledger.ROW_BYTES, dtype=torch.uint8), z, y, y, r, r, -100
                 ),
             )
     yield from _reweight_cases()

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import data_report
 from rows import RULES
 
 HERE = Path(__file__).parent
-NOTHING = """Nothing has been measured yet. On a machine with a CUDA GPU
+NOTHING = """Nothing has been measured yet on a GPU. Where there is one,
 
     .venv/bin/pytest bench
 
-measures everything in less than 8 minutes, writes `bench/results/*.json` and this file.
+measures the kernels in less than 8 minutes, then the data path with the GPU's decoder, and writes
+`bench/results/*.json` and this file.
 """
 INTRODUCTION = """Median and p99 of one step in µs, by CUDA events. *dispatch*: call by call from an
 idle queue, so host time that the device waits for counts. *graph*: replayed from a CUDA graph of
@@ -132,10 +134,13 @@ def _section(result: dict[str, Any]) -> str:
 def render(folder: Path = HERE / "results") -> str:
     """The text of RESULTS.md."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    body = [INTRODUCTION, *map(_section, results)] if results else [NOTHING]
+    kernels = [result for result in results if result["subject"] not in data_report.SUBJECTS]
+    others = [result for result in results if result["subject"] in data_report.SUBJECTS]
+    body = [INTRODUCTION, *map(_section, kernels)] if kernels else [NOTHING]
     rules = "## What is left out\n\n" + "\n".join(f"- {rule}" for rule in RULES) + "\n"
+    data = ["# The data path\n", *map(data_report.section, others)] if others else []
     head = "# Results\n\nWritten by `python bench/report.py`; not to be edited.\n"
-    return "\n".join([head, *body, rules])
+    return "\n".join([head, *body, rules, *data])
 
 
 def write(folder: Path = HERE / "results", target: Path = HERE / "RESULTS.md") -> Path:

@@ -4,6 +4,7 @@ A checkpoint is a folder ``step-00001234`` with
 
     model.safetensors           the student
     average.safetensors         its moving average, if there is one
+    ledger.safetensors          what is known about every sample, unless that was switched off
     state.safetensors + .json   optimiser, loss scale, curriculum, …: tensors and the rest
     rank-0.safetensors …        what each rank has of its own: random states, a local ℓ_pt
 
@@ -71,7 +72,7 @@ def save_checkpoint(
     Args:
         folder: the run's checkpoints.
         step: training steps taken.
-        models: state dicts by file name, "model" and perhaps "average".
+        models: state dicts by file name, "model" and perhaps "average" and "ledger".
         state: nested dicts of tensors and JSON values.
         own: what differs between ranks, besides the random states.
         world: the ranks.
@@ -125,7 +126,7 @@ def load_checkpoint(path: Path, world: World) -> tuple[dict[str, Tensors], dict[
     """
     models = {
         name: load_file(path / f"{name}.safetensors")
-        for name in ("model", "average")
+        for name in ("model", "average", "ledger")
         if (path / f"{name}.safetensors").is_file()
     }
     skeleton = json.loads((path / "state.json").read_text())

@@ -55,10 +55,11 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def main() -> None:
-    """`mentorch`: index, noise, train-mentor, mentor-table."""
+    """`mentorch`: index, noise, shard, train-mentor, mentor-table, report."""
     from mentorch.engine.data import commands
     from mentorch.engine.fit_table import mentor_table
     from mentorch.engine.mentor_training import train_mentor
+    from mentorch.engine.report.command import report
 
     app = tyro.extras.SubcommandApp()
     index = tyro.extras.SubcommandApp()
@@ -66,7 +67,9 @@ def main() -> None:
         index.command(function)
     app.command(index, name="index", help="Make the index of a data set; verify its images.")
     app.command(commands.noise)
+    app.command(commands.shard)
     app.command(train_mentor)
     app.command(mentor_table)
-    about = "Indexes, label noise and MentorNets. Training starts from recipes/, under torchrun."
+    app.command(report)
+    about = "Indexes, label noise, MentorNets, reports. Training starts from recipes/ (torchrun)."
     sys.exit(run_cleanly(lambda: app.cli(description=about)))

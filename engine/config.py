@@ -32,13 +32,19 @@ class DataConfig:
     """What is trained and evaluated on, and how images are cut and streamed."""
 
     train: Path | None = None
-    """Training data: a data set's folder, or an index (.parquet) that `mentorch index` wrote."""
+    """Training data: a data set's folder, a folder of shards that `mentorch shard` wrote, or an
+    index (.parquet) of either."""
     evaluate: dict[str, Path] = field(default_factory=dict)
     """Validation sets by name: folders or indexes. Their classes are matched to those trained."""
     sources: tuple[str, ...] = ()
     """Train on samples of these sources only (WebVision: google, flickr); all when empty."""
     max_label: int | None = None
     """Train on labels below this number only (WebVision mini: 50); all when None."""
+    noise: str = ""
+    """Label noise put on the training samples, KIND:RATE, e.g. symmetric:0.4; none when empty. For
+    kinds that need more than a rate, `mentorch noise` writes an index."""
+    noise_seed: int = 0
+    """Of that noise."""
     image_size: int = 299
     """Side of the images the student sees, pixels."""
     resize: int = 320
@@ -59,17 +65,34 @@ class DataConfig:
     """Files read at the same time, a rank. Reading waits for storage: more than cores is right."""
     read_ahead: int = 4
     """Batches whose files are read ahead of the decoder."""
+    shard_streams: int = 16
+    """Of a sharded index: places that shards are read from side by side, over all ranks together
+    (the largest divisor of the global batch up to this). More mix a batch better; at least one a
+    rank, so that no two ranks read the same part of a shard."""
+    shard_window: int = 1024
+    """Of a sharded index: samples among which each of those streams is shuffled. More mix better;
+    about streams times window images should fit into the host's page cache."""
     prefetch: int = 2
     """Decoded batches kept ready (DALI's prefetch_queue_depth)."""
+    decoder_load: float = 0.9
+    """Share of the JPEGs that a GPU's hardware decoder takes; its CUDA cores and the CPU take the
+    rest. Higher leaves the CPU to read files. Chips without that hardware do not mind."""
+    decoder_size_hint: tuple[int, int] = (0, 0)
+    """Width and height of the largest image that a GPU's decoder makes room for beforehand, pixels:
+    larger ones later cost a pause each. (0, 0) lets it grow."""
+    max_unusable: float = 0.1
+    """Share of the rows between two lines of metrics that may be missing, because their files
+    cannot be used, before the run stops: storage that is gone must not pass for training."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "image_size", "resize", "read_threads", "prefetch")
-        _at_least(self, 0, "read_ahead", "threads")
+        _at_least(self, 1, "image_size", "resize", "read_threads", "prefetch", "shard_streams")
+        _at_least(self, 0, "read_ahead", "threads", "shard_window")
         if self.image_size > self.resize:
             raise ValueError(
                 f"resize ({self.resize}) must be at least image_size ({self.image_size}): the "
                 "centre that is cut cannot be larger than the image"
             )
+        _share(self, "decoder_load", "max_unusable")
         if min(self.std) <= 0:
             raise ValueError(f"std must be above 0, got {self.std}")
         low, high = self.crop_scale
@@ -222,18 +245,23 @@ class TrainConfig:
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; the end and a stop always write one."""
+    checkpoint_steps: int = 0
+    """Steps between further checkpoints, where an epoch takes hours; 0 writes none."""
     keep_checkpoints: int = 2
     """How many checkpoints are kept, the latest; the best by top-1 on the first set is kept too."""
     log_every: int = 50
     """Steps between lines of metrics. Between them the host does not wait for the device, and with
     several ranks a stop that was asked for waits for the next one."""
+    ledger: bool = True
+    """Note loss, weight, prediction and forgetting of every sample (`mentorch.engine.ledger`): 24
+    bytes of device memory for each row of the training index, on every rank."""
 
     def __post_init__(self) -> None:
         _at_least(
             self, 1, "epochs", "batch_size", "evaluate_every", "checkpoint_every", "log_every"
         )
         _at_least(self, 1, "keep_checkpoints")
-        _at_least(self, 0, "eval_batch_size")
+        _at_least(self, 0, "eval_batch_size", "checkpoint_steps")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
 """The whole job: open the data, train the student under its curriculum, evaluate, keep a record."""
 
-import hashlib
 import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +15,11 @@ from mentorch.engine import checkpoint
 from mentorch.engine.config import RunConfig, save_config
 from mentorch.engine.criteria import create_criterion
 from mentorch.engine.data.datasets import Datasets, Samples, bad_files, open_datasets
-from mentorch.engine.data.pipelines import Loader, Normalise
+from mentorch.engine.data.pipelines import Loader, Normalise, digest
+from mentorch.engine.data.quarantine import Quarantine
 from mentorch.engine.distributed import World, distributed
 from mentorch.engine.evaluate import evaluate, share_buffers
+from mentorch.engine.ledger import Ledger
 from mentorch.engine.scores import Scores
 from mentorch.engine.spade import Spade
 from mentorch.engine.stop import StopRequest
@@ -43,9 +45,10 @@ class Job:
         self.eval_batch_size = _per_rank(
             train.eval_batch_size or train.batch_size, world, "train.eval_batch_size"
         )
-        self.unreadable: dict[str, str] = {}
+        self.quarantine = Quarantine(folder / "quarantine.jsonl", world.is_main)
+        self._told = 0  # of this rank's unusable files, those that all ranks know of
         self.datasets = open_datasets(config.data, world)
-        self.loader = self._loader(self.datasets.train, self.batch_size, train=True)
+        self.loader = self._loader("train", self.datasets.train, self.batch_size)
         samples, classes = self.datasets.train, len(self.datasets.classes)
         labels = torch.from_numpy(samples.labels_N).to(world.device)
         clean = torch.from_numpy(samples.index.clean_labels()).to(world.device)
@@ -62,10 +65,13 @@ class Job:
             seed=config.seed,
         )
         normalise = Normalise(config.data.mean, config.data.std).to(world.device)
+        self.ledger = Ledger(len(labels), world) if train.ledger else None
+        observers = [self.ledger] if self.ledger else []
         self.spade = Spade(
-            config, student, criterion, normalise, labels, clean, steps_per_epoch, world
+            config, student, criterion, normalise, labels, clean, steps_per_epoch, world, observers
         )
         self.scores = Scores()
+        self.notes: list[str] = []  # to be said when the run introduces itself
         if config.resume:
             self._resume()
         self._make_folder()
@@ -81,15 +87,17 @@ class Job:
             (self.folder / "versions.json").write_text(environment + "\n")
         self.world.wait()
 
-    def _loader(self, samples: Samples, batch_size: int, train: bool) -> Loader:
+    def _loader(self, name: str, samples: Samples, batch_size: int) -> Loader:
         return Loader(
             samples.index,
             samples.sample_ids,
             batch_size=batch_size,
             config=self.config.data,
-            train=train,
+            train=samples is self.datasets.train,
             seed=self.config.seed,
             world=self.world,
+            name=name,
+            refused=self.quarantine.refused(name),
         )
 
     def _resume(self) -> None:
@@ -98,17 +106,21 @@ class Job:
             raise FileNotFoundError(f"{self.folder} has no complete checkpoint to go on from")
         models, state, own = checkpoint.load_checkpoint(found[-1], self.world)
         for name, here in self._fingerprint().items():
-            if state["fingerprint"][name] != here:
+            if state["fingerprint"].get(name, here) != here:  # an older run did not note all
                 raise ValueError(
                     f"{found[-1]} was made with {name} {state['fingerprint'][name]!r}, this run "
                     f"has {here!r}: it would not go on as it was. Undo that, or start a new run"
                 )
         self.spade.load(models, state["spade"], own)
+        if self.ledger and "ledger" in models:
+            self.ledger.load_state_dict(models["ledger"])
+        elif self.ledger:
+            self.notes.append(f"{found[-1]} has no ledger: this run's holds what is seen from here")
         self.scores = Scores(**state["scores"])
 
     def _fingerprint(self) -> dict[str, str | int | bool]:
-        """What must not change between a run and its resumption, by option."""
-        config, samples = self.config, self.datasets.train
+        """What must not change between a run and its resumption, by name. The ranks may."""
+        config = self.config
         return {
             "seed": config.seed,
             "train.batch_size": config.train.batch_size,
@@ -116,7 +128,8 @@ class Job:
             "classes": len(self.datasets.classes),
             "precision": str(self.spade.dtype),
             "an average of the weights": self.spade.average is not None,
-            "training samples": hashlib.sha256(samples.sample_ids.tobytes()).hexdigest()[:16],
+            **self.loader.fingerprint(),
+            "training labels": digest(self.datasets.train.labels_N),
         }
 
     def run(self, stop: StopRequest) -> bool:
@@ -133,6 +146,8 @@ class Job:
                 stopping = self._log(step, asked)
             if epoch_ends:
                 self._end_of_epoch(step // spade.steps_per_epoch)
+            elif train.checkpoint_steps and step % train.checkpoint_steps == 0 and not stopping:
+                self._save()
             if stopping and step < spade.total_steps:
                 self._save()
                 self._say_how_to_resume()
@@ -142,15 +157,38 @@ class Job:
 
     def _log(self, step: int, stop_asked: bool) -> bool:
         """Metrics since the last time; True when any rank was asked to stop."""
-        metrics, stopping = self.spade.metrics(stop_asked)
+        unusable = self.loader.unusable_count()
+        metrics, (stopping, news) = self.spade.metrics(stop_asked, unusable > self._told)
+        if news:
+            self._note_unusable(self.loader)
+            self._told = unusable
         metrics |= self.telemetry.speed(step, self.config.train.batch_size)
         self.telemetry.log(step, "train", metrics)
         if self.world.is_main:
             self.telemetry.say(_train_line(step, self.spade, metrics))
+        self._check_storage(metrics["unusable"])
         return stopping
+
+    def _check_storage(self, unusable: float) -> None:
+        """Ends a run whose images are gone, on all ranks alike.
+
+        Without a checkpoint: steps on placeholders have spoilt the batch norms' statistics.
+        """
+        allowed = self.config.data.max_unusable
+        if unusable > allowed:
+            reasons = Counter(u.reason for u in self.quarantine.found.values())
+            raise RuntimeError(
+                f"{unusable:.0%} of the images since the last line of metrics could not be used "
+                f"(data.max_unusable is {allowed:.0%}), most of them because of: "
+                f"{reasons.most_common(1)[0][0]}. {self.quarantine.path} names them. Mend that and "
+                f"go on from the last checkpoint with\n"
+                f"    {_launcher(self.world)} --resume {self.folder}"
+            )
 
     def _end_of_epoch(self, epoch: int) -> None:
         train = self.config.train
+        if self.ledger:  # every epoch: in the next one other ranks may visit these samples
+            self.ledger.merge()
         last = epoch == train.epochs
         due = last or epoch % train.checkpoint_every == 0
         if due:  # first of all: whatever happens in the evaluation, the epoch is kept
@@ -165,12 +203,12 @@ class Job:
         """Evaluates on every set; True when the first set's top-1 is the best so far."""
         spade, best = self.spade, []
         for name, samples in self.datasets.evaluate.items():
-            loader = self._loader(samples, self.eval_batch_size, train=False)
+            loader = self._loader(name, samples, self.eval_batch_size)
             labels = torch.from_numpy(samples.labels_N).to(self.world.device)
             accuracy = evaluate(
                 spade.trained, loader, labels, spade.normalise, spade.dtype, self.world
             )
-            self._note_unreadable(loader)
+            self._note_unusable(loader)
             loader.close()
             best.append(self.scores.add(name, accuracy, epoch))
             self.telemetry.log(spade.step_count, f"eval/{name}", asdict(accuracy))
@@ -191,6 +229,9 @@ class Job:
             "fingerprint": self._fingerprint(),
         }
         models, own = spade.models(), {"loss_moving_avg": spade.criterion.loss_moving_avg}
+        if self.ledger:
+            self.ledger.merge()
+            models["ledger"] = self.ledger.state_dict()
         checkpoint.save_checkpoint(folder, spade.step_count, models, state, own, self.world)
         if self.world.is_main:
             keep = self.config.train.keep_checkpoints
@@ -208,7 +249,7 @@ class Job:
             f"{len(data.train.sample_ids):,} training samples, {spade.steps_per_epoch:,} steps an "
             f"epoch, {spade.total_steps:,} in all; {spade.step_count:,} taken"
         )
-        for line in _label_notes(data):
+        for line in (*_label_notes(data), *self.notes):
             say(line)
         say(f"run folder: {self.folder}")
 
@@ -218,13 +259,13 @@ class Job:
             f"go on with\n    {_launcher(self.world)} --resume {self.folder}"
         )
 
-    def _note_unreadable(self, loader: Loader) -> None:
-        """Collects what any rank could not read while streaming."""
-        for found in self.world.gather(loader.unreadable()):
-            self.unreadable |= {loader.index.path(i): reason for i, reason in found.items()}
+    def _note_unusable(self, loader: Loader) -> None:
+        """Collects what any rank had to leave out; every rank calls it."""
+        for found in self.world.gather(loader.unusable()):
+            self.quarantine.add(found)
 
     def _summarize(self) -> None:
-        self._note_unreadable(self.loader)
+        self._note_unusable(self.loader)
         if not self.world.is_main:
             return
         summary = {
@@ -234,7 +275,7 @@ class Job:
             "best": self.scores.best,
             "noise": self.datasets.train.index.noise,
             "seed": self.config.seed,
-            "unreadable_files": self.unreadable,
+            "unusable_files": len(self.quarantine.found),
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         self.telemetry.say(self.scores.table())

@@ -33,7 +33,7 @@ criterion found."""
 USED = 0.001  # a weight above this counts as used, as in the released code's data utilisation
 # Sums over samples, then the counts they are divided by.
 SUMS = ("loss", "weighted_loss", "mean_weight", "data_utilization", "weight_right", "weight_wrong")
-COUNTS = ("samples", "right", "wrong")
+COUNTS = ("samples", "right", "wrong", "rows")
 
 
 class Spade:
@@ -170,32 +170,36 @@ class Spade:
             valid.sum(),
             right.sum(),
             wrong.sum(),
+            torch.ones_like(valid).sum(),
         ]
         self._sums += torch.stack([part.to(torch.float64) for part in parts])
 
-    def metrics(self, stop: bool = False) -> tuple[dict[str, float], bool]:
+    def metrics(self, *flags: bool) -> tuple[dict[str, float], list[bool]]:
         """Means since the last call over all ranks; the only point at which the host waits.
 
         Args:
-            stop: this rank was asked to stop.
+            flags: what this rank has to tell the others.
 
         Returns:
-            The metrics, and whether any rank was asked to stop.
+            The metrics, and of each flag whether it is up on any rank.
         """
-        sums = torch.cat([self._sums, self._sums.new_tensor([float(stop)])])
+        sums = torch.cat([self._sums, self._sums.new_tensor([float(flag) for flag in flags])])
         if self.world.world_size > 1:
             dist.all_reduce(sums)
-        *totals, samples, right, wrong, stops = sums.tolist()
+        values = sums.tolist()
+        totals, counts = values[: len(SUMS)], values[len(SUMS) : len(self._sums)]
+        samples, right, wrong, rows = counts
         self._sums.zero_()
-        counts = [max(samples, 1)] * 4 + [right, wrong]
+        divisors = [max(samples, 1)] * 4 + [right, wrong]
         metrics = {
             name: total / count
-            for name, total, count in zip(SUMS, totals, counts, strict=True)
+            for name, total, count in zip(SUMS, totals, divisors, strict=True)
             if count  # without known clean labels there are no right and wrong ones
         }
         metrics["loss_moving_avg"] = float(self.criterion.loss_moving_avg)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
-        return metrics, stops > 0
+        metrics["unusable"] = 1 - samples / max(rows, 1)  # share of rows without an image
+        return metrics, [total > 0 for total in values[len(self._sums) :]]
 
     def models(self) -> dict[str, dict[str, Tensor]]:
         """The weights a checkpoint holds."""

@@ -29,6 +29,8 @@ class Stream(IntEnum):
     FLIP = 3
     LABEL_NOISE = 4
     TRUSTED = 5
+    SHARD = 6  # which samples a shard holds
+    SHARD_ORDER = 7
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ def test_wheel_holds_the_whole_package_and_nothing_else(tree: Path, wheel: Path)
     expected = {
         f"mentorch/{path.relative_to(tree)}"
         for path in files
-        if path.suffix in {".py", ".safetensors"}
+        if path.suffix in {".py", ".safetensors", ".jinja"}
     }
     assert f"mentorch/{WEIGHTS}" in expected
     assert files_of(wheel) == expected | {"mentorch/__init__.py", "mentorch/py.typed"}

@@ -19,7 +19,7 @@ from mentorch.engine.criteria import choose_trusted, create_criterion
 from mentorch.engine.data.images import ImageSet, ImageSetName, cifar_n_labels, load_images
 from mentorch.engine.data.memory import Augment, MemoryLoader, Standardise, channel_statistics
 from mentorch.engine.data.noise import Noise
-from mentorch.engine.data.noise_kinds import NoiseKind
+from mentorch.engine.data.noise_kinds import NoiseKind, parse_noise
 from mentorch.engine.data.order import shuffled
 from mentorch.engine.data.pipelines import Normalise
 from mentorch.engine.data_driven import DataDriven
@@ -69,11 +69,8 @@ class Task:
         Raises:
             ValueError: it is not KIND:RATE.
         """
-        kind, _, rate = text.partition(":")
-        try:
-            return replace(self, noise=kind, rate=float(rate))  # type: ignore[arg-type]  # Noise checks
-        except ValueError:
-            raise ValueError(f"a noise is KIND:RATE, e.g. symmetric:0.4, not {text!r}") from None
+        kind, rate = parse_noise(text)
+        return replace(self, noise=kind, rate=rate)  # type: ignore[arg-type]  # Noise checks
 
     def expected_right(self, seed: int = 0) -> float:
         """The share of labels that the noise is expected to leave right, all classes alike."""

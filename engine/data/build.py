@@ -149,6 +149,8 @@ def _index_to_replace(out: Path) -> Index:
         index = Index.read(out, need_root=False)
     except ValueError as error:
         raise ValueError(f"{out} is in the way: {error}. Remove it or give another --out") from None
+    if index.shards:
+        raise ValueError(f"{out} is the index of shards and would be lost; give another --out")
     if index.noise is not None:
         raise ValueError(f"{out} has injected label noise and would be lost; give another --out")
     return index

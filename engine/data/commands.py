@@ -1,4 +1,4 @@
-"""What `mentorch index …` and `mentorch noise` run: functions whose signatures are the options."""
+"""What `mentorch index …`, `noise` and `shard` run: functions whose signatures are the options."""
 
 from pathlib import Path
 
@@ -117,3 +117,40 @@ def noise(
         f"({changed:.4f} changed, {expected:.4f} expected)"
     )
     return noisy
+
+
+def shard(
+    index: Positional[Path],
+    out: Positional[str],
+    *,
+    shard_mb: int = 512,
+    seed: int = 0,
+    read_threads: int = 16,
+) -> Index:
+    """Write the images of an index as tar shards, for storage that reads large files best.
+
+    The same command goes on from where a run was stopped.
+
+    Args:
+        index: the Parquet file of an index; sample ids and labels stay as they are in it.
+        out: a new folder for the shards and their index, or a URL such as s3://bucket/folder.
+        shard_mb: size of a shard, at most about this, 10^6 bytes.
+        seed: of the distribution of samples over shards.
+        read_threads: images read at the same time.
+    """
+    from mentorch.engine.data.shards import index_name, write_shards  # imports torch
+
+    sharded = write_shards(
+        Index.read(index), out, shard_mb=shard_mb, seed=seed, read_threads=read_threads
+    )
+    held = sharded.places()[0] >= 0
+    gigabytes = sharded.table["bytes"].to_numpy()[held].sum() / 1e9
+    print(
+        f"{out}: {held.sum():,} images, {gigabytes:.2f} GB, in {len(sharded.shards):,} shards; "
+        f"their index is {index_name(sharded)}"
+    )
+    if "://" in out:
+        print("Copy or mount that folder, whole, where you train; then give --data.train FOLDER")
+    else:
+        print(f"Train from it with --data.train {out}")
+    return sharded

@@ -14,6 +14,8 @@ from mentorch.engine.data.build import default_out
 from mentorch.engine.data.folder import index_folder
 from mentorch.engine.data.imagenet import index_imagenet, match_labels
 from mentorch.engine.data.index import Index
+from mentorch.engine.data.noise import Noise, add_noise
+from mentorch.engine.data.noise_kinds import parse_noise
 from mentorch.engine.data.order import Ids
 from mentorch.engine.data.webvision import index_webvision
 from mentorch.engine.distributed import World
@@ -63,7 +65,9 @@ def kind_of_folder(root: Path) -> str:
 
 
 def open_index(path: Path, world: World) -> Index:
-    """Opens an index, or that of a data set's folder, which the main rank makes if there is none.
+    """Opens an index, or that of a folder: of shards, or of a data set.
+
+    The index of a data set's folder is made by the main rank if there is none.
 
     Raises:
         FileNotFoundError: nothing at that path.
@@ -73,6 +77,9 @@ def open_index(path: Path, world: World) -> Index:
         return Index.read(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no data set or index at {path}")
+    sharded = _index_of_shards(path)
+    if sharded is not None:
+        return sharded
     kind = kind_of_folder(path)
     file = default_out(path, kind, None)
     if world.is_main and not file.is_file():
@@ -89,6 +96,15 @@ def open_index(path: Path, world: World) -> Index:
     )
 
 
+def _index_of_shards(folder: Path) -> Index | None:
+    """The index of a folder that `mentorch shard` wrote; None for any other folder."""
+    files = list(folder.glob("*.index.parquet"))
+    if len(files) != 1 or next(folder.glob("*.tar"), None) is None:
+        return None
+    index = Index.read(files[0], root=folder.absolute())
+    return index if index.shards else None
+
+
 def open_datasets(config: DataConfig, world: World) -> Datasets:
     """Opens everything a run needs; classes are those of the training samples.
 
@@ -100,6 +116,9 @@ def open_datasets(config: DataConfig, world: World) -> Datasets:
     if config.train is None:
         raise ValueError("no training data: give --data.train a data set's folder or an index")
     index = open_index(config.train, world)
+    if config.noise:
+        kind, rate = parse_noise(config.noise)
+        index = add_noise(index, Noise(kind, rate, config.noise_seed), "train", config.max_label)  # type: ignore[arg-type]  # Noise checks
     classes = index.classes[: config.max_label]
     chosen = index.select("train", sources=config.sources or None, max_label=config.max_label)
     train = Samples(index, chosen, index.labels())

@@ -2,11 +2,12 @@
 
 A row is a sample and the row number is its `sample_id`. Everything that changes labels or drops
 samples rewrites the index and never touches an image; everything measured per sample joins back to
-a path here.
+a path here. The images are files, or lie in tar shards (`shards`): then two more columns say where.
 """
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from mentorch.engine.data.probe import MAX_BYTES
 
 FORMAT_VERSION = 1
 STATUSES = ("ok", "missing", "broken")
@@ -40,6 +43,16 @@ SCHEMA = pa.schema(
     ]
 )
 
+# Of an index whose images lie in tar shards; `bytes` is the image's length there.
+SHARD_SCHEMA = pa.schema(
+    [
+        *SCHEMA,
+        ("shard", pa.int32()),  # position in Index.shards; -1 where the sample is in none
+        ("offset", pa.int64()),  # of the image in the tar, bytes; -1 likewise
+    ]
+)
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\.tar")
 _ESCAPES = r"^/|(^|/)\.\.(/|$)|\x00|^$"  # absolute, upwards, cut short by a NUL, or the root itself
 
 
@@ -48,12 +61,14 @@ class Index:
     """The samples of a data set.
 
     Attributes:
-        table: the columns of `SCHEMA`; row number == sample_id.
-        root: the folder that the paths are relative to.
+        table: the columns of `SCHEMA`, or `SHARD_SCHEMA` where there are shards; row number ==
+            sample_id.
+        root: the folder that the paths are relative to; where there are shards, that of the shards.
         dataset: "webvision", "imagenet" or "folder".
         classes: class id (wnid, folder name) by label.
         class_names: human-readable name by label.
         noise: kind, rate, seed and result of the label noise that was injected, or None.
+        shards: names of the tar files in ``root`` that hold the images; none where these are files.
     """
 
     table: pa.Table
@@ -62,6 +77,7 @@ class Index:
     classes: tuple[str, ...]
     class_names: tuple[str, ...]
     noise: dict[str, Any] | None = None
+    shards: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -74,7 +90,8 @@ class Index:
 
         Args:
             path: the Parquet file that `mentorch index` wrote.
-            root: where the images are now, if the folder has moved since.
+            root: where the images are now, if the folder has moved since. Shards are found without
+                it when they lie beside the index.
             need_root: False reads an index whose images are not on this machine.
 
         Raises:
@@ -85,17 +102,21 @@ class Index:
         table, metadata = _read_parquet(path)
         index = cls(
             table=table,
-            root=Path(root if root is not None else metadata["root"]),
+            root=Path(root) if root is not None else _recorded_root(path, metadata),
             dataset=metadata["dataset"],
             classes=tuple(metadata["classes"]),
             class_names=tuple(metadata["class_names"]),
             noise=metadata["noise"],
+            shards=tuple(metadata.get("shards", ())),
         )
         _check_rows(index, path)
+        if index.shards:
+            _check_shards(index, path)
         if need_root and not index.root.is_dir():
             raise FileNotFoundError(
                 f"{path} was made for images under {index.root}, and that folder is not there. "
                 "If it has moved, give its new place as root=…"
+                + (" Shards are found beside their index too." if index.shards else "")
             )
         return index
 
@@ -108,6 +129,7 @@ class Index:
             "classes": self.classes,
             "class_names": self.class_names,
             "noise": self.noise,
+            **({"shards": self.shards} if self.shards else {}),
         }
         text = json.dumps(metadata, sort_keys=True, ensure_ascii=False).encode()
         table = self.table.replace_schema_metadata({_METADATA_KEY: text})
@@ -174,6 +196,12 @@ class Index:
         """Width and height as displayed, [N, 2]; 0 where the status is not "ok"."""
         return np.stack([self.table["width"].to_numpy(), self.table["height"].to_numpy()], axis=1)
 
+    def places(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Where shards hold the images: shard number and offset in bytes, [N] each; else -1."""
+        assert self.shards, "the images are files"
+        shard, offset = (pc.fill_null(self.table[name], -1) for name in ("shard", "offset"))
+        return shard.to_numpy(), offset.to_numpy()
+
     def _counts_in_words(self) -> str:
         rows = sorted(self.counts().items())
         return ", ".join(f"{n:,} {' '.join(filter(None, key))}" for key, n in rows) or "no rows"
@@ -219,9 +247,18 @@ def _read_parquet(path: Path) -> tuple[pa.Table, dict[str, Any]]:
             f"{path} has index format {metadata.get('format')}, this version of mentorch reads "
             f"format {FORMAT_VERSION}; make the index again with `mentorch index`"
         )
-    if not table.schema.equals(SCHEMA):
+    schema = SHARD_SCHEMA if metadata.get("shards") else SCHEMA
+    if not table.schema.equals(schema):
         raise ValueError(f"{not_an_index}: its columns are {table.schema.names}")
     return table.combine_chunks(), metadata
+
+
+def _recorded_root(path: Path, metadata: dict[str, Any]) -> Path:
+    """The root that an index says it has. Shards are copied about: those beside it come first."""
+    shards = metadata.get("shards")
+    if shards and (path.parent / shards[0]).is_file():
+        return path.parent.absolute()
+    return Path(metadata["root"])
 
 
 def _check_rows(index: Index, path: Path) -> None:
@@ -237,4 +274,23 @@ def _check_rows(index: Index, path: Path) -> None:
         raise ValueError(
             f"{path}, row {outside.argmax()}: {index.path(int(outside.argmax()))!r} leaves the "
             "root folder; an index may only name files under its root"
+        )
+
+
+def _check_shards(index: Index, path: Path) -> None:
+    for name in index.shards:
+        if not (isinstance(name, str) and _SHARD_NAME.fullmatch(name)):
+            raise ValueError(f"{path} names the shard {name!r}; a shard is a .tar file in the root")
+    shard, offset = index.places()
+    status = index.table["status"].to_numpy()
+    size = pc.fill_null(index.table["bytes"], 0).to_numpy()
+    held = shard >= 0
+    wrong = (shard < -1) | (shard >= len(index.shards)) | ((status == "ok") & ~held)
+    # A header comes before every image, and no image is larger than `mentorch index` lets in.
+    wrong |= held & ((offset < 512) | (size < 1) | (size > MAX_BYTES))
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"{path} is damaged: row {row} ({status[row]}) is in shard {shard[row]} of "
+            f"{len(index.shards)}, at {offset[row]:,}, {size[row]:,} bytes"
         )

@@ -8,9 +8,9 @@ The paper draws from one generator in turn; here q, W and the outcome come from 
 each label is a function of the seed, the sample's id and its image alone.
 """
 
+import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from mentorch.engine.data.index import Index
+from mentorch.engine.data.readers import open_reader
 from mentorch.kernels.philox import Stream, philox
 
 FLIP_RATE_STD = 0.1
@@ -97,15 +98,22 @@ def thumbnails(
         side: width and height, pixels.
 
     Returns:
-        uint8 [N, side · side]; 0 where the image is missing or broken.
+        uint8 [N, side · side]; 0 where the index has the image as missing or broken.
+
+    Raises:
+        ValueError: an image that the index has as usable cannot be read.
     """
+    reader = open_reader(index)
     usable = index.table["status"].to_numpy() == "ok"
     out = np.zeros((len(sample_ids), side * side), np.uint8)
 
     def read(row: int) -> None:
         sample_id = int(sample_ids[row])
         if usable[sample_id]:
-            out[row] = _thumbnail(index.root / index.path(sample_id), side)
+            data = reader.read(sample_id)
+            if isinstance(data, str):
+                raise ValueError(f"{index.path(sample_id)} under {index.root}: {data}")
+            out[row] = _thumbnail(data.tobytes(), side)
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
         for _ in pool.map(read, range(len(sample_ids))):
@@ -113,8 +121,8 @@ def thumbnails(
     return out
 
 
-def _thumbnail(path: Path, side: int) -> npt.NDArray[np.uint8]:
-    with Image.open(path) as image:
+def _thumbnail(data: bytes, side: int) -> npt.NDArray[np.uint8]:
+    with Image.open(io.BytesIO(data)) as image:
         image.draft("L", (side, side))  # a JPEG is decoded at a fraction of its size
         small = image.convert("L").resize((side, side), Image.Resampling.BOX)
     return np.asarray(small, np.uint8).reshape(-1)

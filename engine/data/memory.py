@@ -104,10 +104,6 @@ class MemoryLoader:
                     images = cut(images, top[step], left[step], flip[step], self.augment.pad)
                 yield Batch(images, sample_ids)
 
-    def unreadable(self) -> dict[int, str]:
-        """None: what is in memory was read."""
-        return {}
-
     def close(self) -> None:
         """Nothing to stop."""
 

@@ -47,6 +47,19 @@ lawn_mower rocket streetcar tank tractor
 """
 
 
+def parse_noise(text: str) -> tuple[str, float]:
+    """Kind and rate of a text such as ``symmetric:0.4``; whether they exist, `Noise` checks.
+
+    Raises:
+        ValueError: it is not KIND:RATE.
+    """
+    kind, _, rate = text.partition(":")
+    try:
+        return kind, float(rate)
+    except ValueError:
+        raise ValueError(f"a noise is KIND:RATE, e.g. symmetric:0.4, not {text!r}") from None
+
+
 def _next_in_superclass() -> dict[int, int]:
     """CIFAR-100: a class becomes the next of its superclass, the last one the first."""
     groups = [line.split() for line in _CIFAR100_SUPERCLASSES.split("\n") if line]

@@ -1,30 +1,37 @@
-"""The DALI graph and the loader around it: encoded files in, uint8 images and sample ids out.
+"""The loader: a data set's batches for one rank, uint8 images and sample ids on the device.
 
-One graph serves training and evaluation, CPU and GPU: decode a window, resize it, mirror it. Which
-window is decided outside (`crops`), which sample comes when too (`order`), so the loader has no
-state but the position: a run resumes by asking for the batches from there on.
+One DALI graph serves training and evaluation, CPU and GPU: decode a window, resize it, mirror it.
+Which window is decided outside (`crops`), which sample comes when too (`order`), so the loader has
+no state but the position: a run resumes by asking for the batches from there on, and one that DALI
+has let down goes on in the same way.
 """
 
+import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
 from mentorch.engine.config import DataConfig
 from mentorch.engine.data import crops
+from mentorch.engine.data.graph import build_graph, refused_rows, to_torch
 from mentorch.engine.data.index import Index
-from mentorch.engine.data.order import PADDING, Ids, rank_batches, shuffled
+from mentorch.engine.data.order import (
+    Ids,
+    Streams,
+    rank_batches,
+    shuffled,
+    streamed,
+    tar_order,
+)
+from mentorch.engine.data.quarantine import Unusable
 from mentorch.engine.data.source import BatchSource, EncodedBatch
 from mentorch.engine.distributed import World
-
-_NO_DALI = """DALI is not installed. It comes as one wheel a CUDA major version:
-    pip install nvidia-dali-cuda130     CUDA 13, and machines without a GPU
-    pip install nvidia-dali-cuda120     CUDA 12
-(The package called nvidia-dali, without a suffix, is not it.)"""
 
 
 class Batch(NamedTuple):
@@ -32,54 +39,6 @@ class Batch(NamedTuple):
 
     images: Tensor  # [B, H, W, 3] uint8
     sample_ids: Tensor  # [B] int64, row of the index; PADDING (-1) where the row is no sample
-
-
-def _build(
-    batches: Iterator[EncodedBatch],
-    batch_size: int,
-    threads: int,
-    config: DataConfig,
-    device: torch.device,
-) -> Any:
-    """The DALI pipeline: (files, window, mirror, id) → (uint8 image, id)."""
-    try:
-        from nvidia.dali import fn, types
-        from nvidia.dali.pipeline import Pipeline
-    except ImportError as error:
-        raise ImportError(_NO_DALI) from error
-    on_gpu = device.type == "cuda"
-    pipe = Pipeline(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=device.index if on_gpu else None,
-        prefetch_queue_depth=config.prefetch,
-    )
-    with pipe:
-        files, start, shape, flip, sample_ids = fn.external_source(
-            source=batches,
-            num_outputs=5,
-            batch=True,
-            dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32, types.INT64],
-            ndim=[1, 1, 1, 0, 0],
-        )
-        images = fn.decoders.image_slice(
-            files,
-            rel_start=start,
-            rel_shape=shape,
-            axis_names="HW",
-            device="mixed" if on_gpu else "cpu",
-            output_type=types.RGB,
-        )
-        images = fn.resize(
-            images,
-            resize_x=config.image_size,
-            resize_y=config.image_size,
-            interp_type=types.INTERP_LINEAR,  # with antialiasing a triangular filter, as Pillow's
-            antialias=True,
-        )
-        pipe.set_outputs(fn.flip(images, horizontal=flip), sample_ids)
-    pipe.build()
-    return pipe
 
 
 class Loader:
@@ -94,10 +53,11 @@ class Loader:
             epoch; or centre crops, in order, each sample exactly once.
         seed: of order and crops.
         world: which rank this is, and its device.
+        name: of the set, for the list of files that are left out.
+        refused: samples that DALI is known to refuse, and why.
 
     Raises:
         ValueError: fewer samples than one global batch.
-        ImportError: DALI is missing; the message says what to install.
     """
 
     def __init__(
@@ -110,8 +70,11 @@ class Loader:
         train: bool,
         seed: int = 0,
         world: World | None = None,
+        name: str = "train",
+        refused: Mapping[int, str] | None = None,
     ) -> None:
         self.index, self.sample_ids = index, sample_ids
+        self.name = name
         self.batch_size = batch_size
         self.config = config
         self.train = train
@@ -119,12 +82,25 @@ class Loader:
         self.world = world or World()
         self.steps_per_epoch = len(self._epoch(0))
         self._source = BatchSource(index, self._cut, config.read_threads, config.read_ahead)
+        self._source.refused |= refused or {}
 
     def _epoch(self, epoch: int) -> Ids:
         """This rank's batches of an epoch, [steps, B] sample ids."""
-        order = shuffled(self.sample_ids, self.seed, epoch) if self.train else self.sample_ids
         world = self.world
+        order = self._order(epoch)
         return rank_batches(order, self.batch_size, world.rank, world.world_size, self.train)
+
+    def _order(self, epoch: int) -> Ids:
+        """The samples of an epoch over all ranks, in order."""
+        if not self.index.shards:
+            return shuffled(self.sample_ids, self.seed, epoch) if self.train else self.sample_ids
+        shard, offset = self.index.places()
+        ids = tar_order(self.sample_ids, shard, offset)
+        if not self.train:
+            return ids
+        global_batch = self.batch_size * self.world.world_size
+        streams = Streams(global_batch, self.config.shard_streams, self.config.shard_window)
+        return streamed(ids, shard, streams, self.seed, epoch)
 
     def _cut(self, sizes: crops.Sizes, sample_ids: Ids, epoch: int) -> crops.Windows:
         if not self.train:
@@ -136,71 +112,109 @@ class Loader:
     def batches(self, start_step: int = 0, epochs: int = 1) -> Iterator[Batch]:
         """Batches from a step of training up to the end of the last epoch.
 
+        A batch with a file that DALI refuses comes all the same, without it.
+
         Args:
             start_step: steps already taken, counted from the start of training.
             epochs: epochs of training in all.
 
         Raises:
-            RuntimeError: DALI could not decode a file that looked like an image.
+            RuntimeError: DALI fails, and no file is to blame.
         """
+        step, end = start_step, epochs * self.steps_per_epoch
+        while step < end:
+            in_flight: deque[EncodedBatch] = deque()
+            encoded = _noted(self._source.batches(self._plan(step, epochs)), in_flight)
+            device = self.world.device
+            pipe = build_graph(encoded, self.batch_size, self._threads(), self.config, device)
+            while step < end:
+                try:
+                    images, sample_ids = pipe.run()
+                except RuntimeError as error:
+                    self._refuse(in_flight, error)
+                    break  # a pipeline that has failed is done for: another, from here on
+                in_flight.popleft()
+                step += 1
+                yield Batch(to_torch(images, device), to_torch(sample_ids, device))
+
+    def _plan(self, start_step: int, epochs: int) -> Iterator[tuple[Ids, int]]:
+        """Sample ids and epoch of every batch from a step on."""
         first_epoch, skip = divmod(start_step, self.steps_per_epoch)
-        plan = chain.from_iterable(
+        return chain.from_iterable(
             ((ids, epoch) for ids in self._epoch(epoch)[skip if epoch == first_epoch else 0 :])
             for epoch in range(first_epoch, epochs)
         )
-        in_flight: deque[Ids] = deque()
-        encoded = self._noted(self._source.batches(plan), in_flight)
-        pipe = _build(encoded, self.batch_size, self._threads(), self.config, self.world.device)
-        for _ in range(epochs * self.steps_per_epoch - start_step):
-            yield self._next(pipe, in_flight)
+
+    def _refuse(self, in_flight: Iterable[EncodedBatch], error: RuntimeError) -> None:
+        """Finds the files behind an error, so that they are not handed to DALI again."""
+        for batch in in_flight:  # the first has failed, unless DALI tells of a later one early
+            refused = refused_rows(batch, self.config, self.world.device)
+            for row, reason in refused:
+                self._source.refuse(int(batch.sample_ids[row]), reason)
+            if refused:
+                return
+        raise RuntimeError(
+            f"DALI fails, although every file of the batch decodes by itself: {error}"
+        ) from error
 
     def _threads(self) -> int:
         # The affinity, not cpu_count: containers are given fewer cores than the machine has.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return self.config.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
-    @staticmethod
-    def _noted(encoded: Iterator[EncodedBatch], in_flight: deque[Ids]) -> Iterator[EncodedBatch]:
-        """Notes which samples DALI has been handed and has not given back."""
-        for batch in encoded:
-            in_flight.append(batch.sample_ids)
-            yield batch
+    def fingerprint(self) -> dict[str, str | int | bool]:
+        """What the batches at a position follow from, by name; the number of ranks is none of it.
 
-    def _next(self, pipe: Any, in_flight: deque[Ids]) -> Batch:
-        try:
-            images, sample_ids = pipe.run()
-        except RuntimeError as error:
-            suspects = in_flight[0] if in_flight else ()
-            paths = (self.index.path(i) for i in suspects if i != PADDING)
-            raise RuntimeError(
-                f"DALI says: {error}\nIt could not decode one of these files, although Pillow "
-                f"could; repair it or take it away (missing files are skipped): {', '.join(paths)}"
-            ) from error
-        in_flight.popleft()
-        return Batch(self._to_torch(images), self._to_torch(sample_ids))
+        It belongs into a checkpoint with the position: a loader that differs in any of it would go
+        on with other samples, or other pixels, and nobody would notice.
+        """
+        index, config = self.index, self.config
+        return {
+            "training samples": digest(self.sample_ids),
+            "training images": digest(index.sizes(), *_buffers(index.paths())),
+            "data.image_size": config.image_size,
+            "data.crop_scale": str(tuple(config.crop_scale)),
+            "data.crop_ratio": str(tuple(config.crop_ratio)),
+            "data.mirror": config.mirror,
+        }
 
-    def _to_torch(self, output: Any) -> Tensor:
-        """A copy on the device, ordered on torch's stream: DALI reuses its own buffers."""
-        from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
+    def unusable_count(self) -> int:
+        """The number of files that were left out so far."""
+        return len(self._source.unreadable.keys() | self._source.refused.keys())
 
-        device = self.world.device
-        on_gpu = "GPU" in type(output).__name__
-        tensor = torch.empty(
-            output.as_tensor().shape(),
-            dtype=to_torch_type[output.dtype],
-            device=device if on_gpu else "cpu",
-        )
-        stream = torch.cuda.current_stream(device) if on_gpu else None
-        feed_ndarray(output.as_tensor(), tensor, cuda_stream=stream)
-        return tensor.to(device, non_blocking=True)
-
-    def unreadable(self) -> dict[int, str]:
-        """Samples that could not be read while streaming, and why."""
-        return self._source.unreadable
+    def unusable(self) -> list[Unusable]:
+        """The files that were left out so far, and why."""
+        return [
+            Unusable(self.name, i, self.index.path(i), reason, i in self._source.refused)
+            for i, reason in (self._source.unreadable | self._source.refused).items()
+        ]
 
     def close(self) -> None:
         """Stops the reading threads."""
         self._source.close()
+
+
+def _noted(
+    encoded: Iterator[EncodedBatch], in_flight: deque[EncodedBatch]
+) -> Iterator[EncodedBatch]:
+    """Notes what DALI has been handed and has not given back."""
+    for batch in encoded:
+        in_flight.append(batch)
+        yield batch
+
+
+def digest(*arrays: Any) -> str:
+    """A short hash of arrays' bytes."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(memoryview(array))
+    return found.hexdigest()[:16]
+
+
+def _buffers(strings: pa.ChunkedArray) -> list[pa.Buffer]:
+    """Offsets and characters of a column without nulls."""
+    buffers: list[pa.Buffer] = strings.combine_chunks().buffers()
+    return buffers[1:]
 
 
 class Normalise(nn.Module):

@@ -114,7 +114,7 @@ def _probe_regular(path: Path, found: os.stat_result) -> Probe:
     data = path.read_bytes()
     name = sniff_format(data)
     if name is None:
-        return Probe("broken", size, 0, 0, _what_it_is(data))
+        return Probe("broken", size, 0, 0, what_it_is(data))
     if name == "JPEG" and not has_jpeg_end(data):
         return Probe("broken", size, 0, 0, "truncated: a JPEG without its end marker")
     try:
@@ -135,7 +135,8 @@ def unfit(found: os.stat_result) -> str:
     return "" if found.st_size else "empty file"
 
 
-def _what_it_is(data: bytes) -> str:
+def what_it_is(data: bytes) -> str:
+    """What a file without an image's magic bytes seems to be, a phrase."""
     start = data[:256].lstrip()
     for magic, name in _NOT_IMAGES:
         if start.startswith(magic):

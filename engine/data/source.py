@@ -19,7 +19,7 @@ from PIL import Image
 from mentorch.engine.data.crops import Sizes, Windows
 from mentorch.engine.data.index import Index
 from mentorch.engine.data.order import PADDING, Ids
-from mentorch.engine.data.readers import Bytes, FileReader
+from mentorch.engine.data.readers import Bytes, open_reader
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +57,12 @@ class BatchSource:
 
     def __init__(self, index: Index, cut: Cut, threads: int, read_ahead: int) -> None:
         self.index, self.sizes = index, index.sizes()
-        self.reader = FileReader(index.root, index.paths())
+        self.reader = open_reader(index)
         self.cut = cut
         self.read_ahead = read_ahead
-        self.unreadable: dict[int, str] = {}  # sample id → reason, as found while streaming
+        # Sample id → reason: what could not be read so far, and what the decoder does not take.
+        self.unreadable: dict[int, str] = {}
+        self.refused: dict[int, str] = {}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mentorch-read")
 
     def batches(self, plan: Iterator[tuple[Ids, int]]) -> Iterator[EncodedBatch]:
@@ -79,7 +81,10 @@ class BatchSource:
 
     def _start_reading(self, sample_ids: Ids) -> list[Future[Bytes | str]]:
         real = sample_ids[sample_ids != PADDING]
-        return [self._pool.submit(self.reader.read, int(sample_id)) for sample_id in real]
+        return [self._pool.submit(self._read, int(sample_id)) for sample_id in real]
+
+    def _read(self, sample_id: int) -> Bytes | str:
+        return self.refused.get(sample_id) or self.reader.read(sample_id)
 
     def _assemble(
         self, sample_ids: Ids, epoch: int, reads: list[Future[Bytes | str]]
@@ -98,8 +103,13 @@ class BatchSource:
                 files[row] = data
         return EncodedBatch(files, windows.start_HW, windows.shape_HW, windows.flip, sample_ids)
 
+    def refuse(self, sample_id: int, reason: str) -> None:
+        """Leaves a sample out from now on, because the decoder does not take its file."""
+        self._note(sample_id, reason)
+        self.refused[sample_id] = reason
+
     def _note(self, sample_id: int, reason: str) -> None:
-        if sample_id not in self.unreadable:
+        if sample_id not in self.unreadable and sample_id not in self.refused:
             path = self.index.root / self.index.path(sample_id)
             log.warning("skipping %s: %s", path, reason)
             self.unreadable[sample_id] = reason

@@ -40,10 +40,13 @@ def compiled(arch, only):
         (90, "reweight mentornet(, .*)?, (chunks|wide row|long) bf16"),
         (90, "gathered losses"),
         (90, "percentile"),
+        (90, "ledger (tiny|ragged|chunks) (bf16|fp32)"),
         (80, "mentornet, one line"),  # the other chips: that everything they lack is avoided
         (100, "mentornet, one line"),
         (80, "cross_entropy ragged"),
         (100, "cross_entropy ragged"),
+        (80, "ledger ragged bf16"),
+        (100, "ledger ragged bf16"),
     ],
 )
 def test_no_spills_and_whole_lines(arch, only):

@@ -154,7 +154,7 @@ def test_the_weight_log_detects_what_there_is_to_detect():
     log = WeightLog(torch.tensor([True, True, False, False]))
     ids, labels = torch.tensor([0, 1, 2, 3, -1]), torch.zeros(5, dtype=torch.int64)
     weight = torch.tensor([0.9, 0.8, 0.1, 0.85, 1.0])
-    log(ids, labels, Reweighted(None, 1 - weight, weight, None))
+    log(ids, torch.zeros(5, 2), labels, Reweighted(None, 1 - weight, weight, None))
     found = log.snapshot(1)
     assert found["auroc_weight"] == found["auroc_loss"] == 0.75
     assert sum(log.histograms["right"][0]) == sum(log.histograms["wrong"][0]) == 2

@@ -11,6 +11,7 @@ from mentorch.engine.config import RunConfig
 from mentorch.engine.data.pipelines import Loader
 from mentorch.engine.distributed import World
 from mentorch.engine.job import run
+from mentorch.engine.ledger import Ledger
 from mentorch.engine.reweight import Reweight
 
 pytestmark = pytest.mark.gpu
@@ -52,6 +53,21 @@ def test_a_step_does_not_wait_for_the_device(curriculum):
     with no_host_sync():
         for _ in range(3):
             criterion(logits, labels).backward()
+
+
+def test_the_ledger_takes_one_launch_and_does_not_wait():
+    logits, labels = (x.cuda() for x in _batch(torch.bfloat16))
+    ids, criterion = torch.arange(len(labels), device="cuda"), Reweight("linear").cuda()
+    ledger = Ledger(len(labels), World(device=torch.device("cuda", 0)))
+    out = criterion.weigh(logits, labels)
+    ledger(ids, logits, labels, out)
+    with no_host_sync():
+        ledger(ids, logits, labels, out)
+    with torch.profiler.profile() as profile:
+        ledger(ids, logits, labels, out)
+    launched = [event for event in profile.events() if event.device_type.name == "CUDA"]
+    assert [event.name for event in launched] == ["_record_kernel"]
+    assert ledger.columns()["visits"].sum() == 3 * (len(labels) - 1)  # one is ignored
 
 
 @pytest.mark.parametrize("curriculum", ["linear", "pd"])

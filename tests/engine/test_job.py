@@ -16,8 +16,12 @@ from mentorch.engine import job as job_module
 from mentorch.engine.checkpoint import checkpoints, load_checkpoint
 from mentorch.engine.cli import parse
 from mentorch.engine.config import CurriculumConfig, RunConfig, save_config
+from mentorch.engine.data.index import Index
+from mentorch.engine.data.noise import Noise, add_noise
+from mentorch.engine.data.pipelines import Loader
 from mentorch.engine.distributed import World, distributed
 from mentorch.engine.job import STOPPED, StopRequest, run
+from mentorch.engine.ledger import read_ledger
 
 
 def _only_run(config):
@@ -130,6 +134,8 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(
     one_path, one_models, one_state, _ = _final(_only_run(whole))
     two_path, two_models, two_state, _ = _final(folder)
     assert one_path.name == two_path.name
+    assert one_models.keys() == {"model", "average", "ledger"}
+    assert read_ledger(one_path / "ledger.safetensors")["visits"].sum() == 24 * 16
     for name, tensors in one_models.items():
         for key, tensor in tensors.items():
             assert torch.equal(tensor, two_models[name][key]), (name, key)
@@ -164,6 +170,22 @@ def test_resuming_another_run_is_refused(small_run, monkeypatch, option, value, 
         run(parse(RunConfig, RunConfig(), arguments))
 
 
+def test_a_run_from_before_the_ledger_goes_on_with_an_empty_one(
+    without_evaluation, monkeypatch, capsys
+):
+    config = replace(without_evaluation, train=replace(without_evaluation.train, ledger=False))
+    monkeypatch.setattr(job_module, "StopRequest", lambda: StopAfter(14))
+    assert run(config) == STOPPED
+    folder = _only_run(config)
+    assert "ledger" not in _final(folder)[1]
+    monkeypatch.undo()
+    assert run(parse(RunConfig, RunConfig(), ["--resume", str(folder), "--train.ledger"])) == 0
+    assert "step-00000014 has no ledger" in capsys.readouterr().out
+    ledger = read_ledger(_final(folder)[0] / "ledger.safetensors")
+    assert ledger["visits"].sum() == 10 * 16
+    assert ledger["visits"].max() == 1
+
+
 def test_the_epoch_is_kept_when_its_evaluation_fails(small_run, monkeypatch):
     monkeypatch.setattr(job_module, "evaluate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -178,12 +200,82 @@ def test_a_data_set_may_move(small_run, digits, tmp_path):
     data = replace(small_run.data, train=moved, evaluate={"webvision": moved})
     assert run(replace(small_run, data=data, train=train)) == 0
     summary = json.loads((_only_run(small_run) / "summary.json").read_text())
-    assert not summary["unreadable_files"]
+    assert summary["unusable_files"] == 0
     shutil.rmtree(moved / "val_images_256")
     resumed = ["--resume", str(_only_run(small_run)), "--train.epochs", "2"]
     assert run(parse(RunConfig, RunConfig(), resumed)) == 0
     summary = json.loads((_only_run(small_run) / "summary.json").read_text())
-    assert len(summary["unreadable_files"]) == 250, "the images were read from the old place"
+    assert summary["unusable_files"] == 250, "the images were read from the old place"
+
+
+@pytest.fixture
+def own_digits(digits, without_evaluation, tmp_path):
+    """A run on a copy of the digits, whose files a test may spoil."""
+    copy = tmp_path / "copy"
+    shutil.copytree(digits, copy)
+    return replace(without_evaluation, data=replace(without_evaluation.data, train=copy)), copy
+
+
+def _quarantined(folder):
+    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+
+
+def test_bad_files_are_quarantined_and_the_run_goes_on(own_digits, monkeypatch):
+    config, root = own_digits
+    names = sorted(path for path in (root / "flickr").rglob("*.jpg"))[:2]
+    names[0].write_text("<html>")
+    scan_of_noise = b"\xff\xd8\xff\xdb\x00\x04\x00\x00\xff\xda\x00\x02\x00\xff\xd9"
+    names[1].write_bytes(scan_of_noise)
+    assert run(config) == 0
+    folder = _only_run(config)
+    found = {line["path"]: line for line in _quarantined(folder)}
+    assert set(found) == {str(name.relative_to(root)) for name in names}
+    assert [found[str(n.relative_to(root))]["refused"] for n in names] == [False, True]
+    assert json.loads((folder / "summary.json").read_text())["unusable_files"] == 2
+    rows = [row["unusable"] for row in _metrics(folder) if row["kind"] == "train"]
+    assert max(rows) == pytest.approx(1 / 16, abs=1 / 16)
+    assert min(rows) < max(rows)
+    # A resumed run knows what DALI refuses.
+    train = replace(config.train, epochs=3)
+    monkeypatch.setattr("mentorch.engine.data.pipelines.refused_rows", lambda *_: 1 / 0)
+    assert run(replace(config, resume=folder, train=train)) == 0
+    assert len(_quarantined(folder)) == 2
+
+
+def test_a_run_whose_images_are_gone_stops_and_can_go_on(own_digits):
+    config, root = own_digits
+    assert run(replace(config, train=replace(config.train, epochs=1))) == 0
+    folder = _only_run(config)
+    (root / "flickr").rename(root / "away")
+    with pytest.raises(RuntimeError, match="100% of the images .* No such file .*quarantine"):
+        run(replace(config, resume=folder))
+    assert _final(folder)[2]["spade"]["step"] == 12, "kept what steps on placeholders made"
+    (root / "away").rename(root / "flickr")
+    assert run(replace(config, resume=folder)) == 0
+    assert _final(folder)[2]["spade"]["step"] == 24
+
+
+def test_checkpoints_within_an_epoch(without_evaluation):
+    train = replace(without_evaluation.train, epochs=1, checkpoint_steps=5, keep_checkpoints=9)
+    assert run(replace(without_evaluation, train=train)) == 0
+    found = checkpoints(_only_run(without_evaluation) / "checkpoints")
+    assert [path.name[-2:] for path in found] == ["05", "10", "12"]
+
+
+def test_resuming_with_other_pixels_or_labels_is_refused(own_digits, monkeypatch):
+    config, root = own_digits
+    monkeypatch.setattr(job_module, "StopRequest", lambda: StopAfter(2))
+    assert run(config) == STOPPED
+    again = replace(config, resume=_only_run(config))
+    with pytest.raises(
+        ValueError, match=r"data\.crop_scale '\(0\.08, 1\.0\)', this run has '\(0\.5"
+    ):
+        run(replace(again, data=replace(config.data, crop_scale=(0.5, 1.0))))
+    index_file = root / "webvision.index.parquet"
+    noisy = add_noise(Index.read(index_file), Noise("symmetric-other", 0.5, 1, None), "train")
+    noisy.write(index_file)
+    with pytest.raises(ValueError, match="training labels"):
+        run(again)
 
 
 def test_a_run_without_a_checkpoint_cannot_be_resumed(small_run, tmp_path):
@@ -299,10 +391,69 @@ def test_two_ranks_take_the_same_steps_and_see_each_sample_once(small_run, tmp_p
     # One rank sees the same global batches in the same order.
     alone = replace(small_run, out=tmp_path / "alone")
     assert run(alone) == 0
+    theirs, ours = (_final(_only_run(r))[0] / "ledger.safetensors" for r in (small_run, alone))
+    visits = read_ledger(theirs)["visits"]
+    assert (visits == read_ledger(ours)["visits"]).all()
+    epochs = [{i for batch in one[e] + two[e] for i in batch} for e in (slice(12), slice(12, 24))]
+    assert visits.tolist() == [(i in epochs[0]) + (i in epochs[1]) for i in range(len(visits))]
     theirs, ours = _metrics(_only_run(small_run)), _metrics(_only_run(alone))
     assert [r["step"] for r in theirs] == [r["step"] for r in ours]
     assert theirs[0]["loss"] == pytest.approx(ours[0]["loss"], rel=0.05)  # batch norm is per rank
     assert output.count("run folder:") == 1, "more than one rank talks"
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from mentorch.engine import job
+from mentorch.engine.config import RunConfig, load_config
+from mentorch.engine.data.pipelines import Loader
+
+batches = Loader.batches
+def until_step_17(self, *arguments, **options):
+    for step, batch in enumerate(batches(self, *arguments, **options), 1):
+        yield batch
+        if step == 17:  # 5 steps into the second epoch, one after a checkpoint
+            os.kill(os.getpid(), signal.SIGKILL)
+Loader.batches = until_step_17
+job.run(load_config(Path(sys.argv[1]), RunConfig))
+"""
+
+
+def test_two_ranks_killed_within_an_epoch_and_one_that_goes_on(
+    without_evaluation, tmp_path, torchrun, monkeypatch
+):
+    train = replace(without_evaluation.train, checkpoint_steps=4)
+    config = replace(without_evaluation, train=train)
+    save_config(config, tmp_path / "config.json")
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    output, _ = torchrun(script, tmp_path / "config.json").communicate()
+    folder = _only_run(config)
+    assert "SIGKILL" in output, output
+    assert checkpoints(folder / "checkpoints")[-1].name == "step-00000016"
+
+    whole = _recorded(monkeypatch, replace(config, out=tmp_path / "whole"))
+    rest = _recorded(monkeypatch, parse(RunConfig, RunConfig(), ["--resume", str(folder)]))
+    assert rest == whole[16:]
+    folders = folder, _only_run(replace(config, out=tmp_path / "whole"))
+    two, one = (read_ledger(_final(f)[0] / "ledger.safetensors")["visits"] for f in folders)
+    assert (two == one).all(), "visits were lost, or counted twice, when ranks went"
+
+
+def _recorded(monkeypatch, config):
+    """The sample ids of a run's batches, in order."""
+    seen, batches = [], Loader.batches
+
+    def recorded(self, *arguments, **options):
+        for batch in batches(self, *arguments, **options):
+            seen.append(batch.sample_ids.tolist())
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "batches", recorded)
+        assert run(config) == 0
+    return seen
 
 
 SIGNALLED = """

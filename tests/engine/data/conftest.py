@@ -8,6 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mentorch.engine.data import shards
+from mentorch.engine.data.folder import index_folder
+from mentorch.engine.data.index import Index
+from mentorch.engine.data.shards import write_shards
+from mentorch.engine.data.tar_shard import ENDINGS
+
 WNIDS = ("n01440764", "n01443537", "n01484850", "n01491361")
 
 
@@ -63,3 +69,24 @@ def webvision(put, tmp_path) -> Path:
 @pytest.fixture
 def wnids() -> tuple[str, ...]:
     return WNIDS
+
+
+@pytest.fixture
+def index(put, encoded, tmp_path, monkeypatch) -> Index:
+    """Every format twice in 2 training classes, 3 validation images, one broken; shards of 4 kB."""
+    for label in (0, 1):
+        for k, kind in enumerate(ENDINGS):
+            put(
+                f"files/train/c{label}/{k}.jpg",
+                encoded(kind, size=(20 + k, 30), seed=9 * label + k),
+            )
+        put(f"files/val/c{label}/v.jpg", encoded(seed=20 + label))
+    put("files/val/c0/w.jpg", encoded(seed=30))
+    put("files/train/c0/page.jpg", "<html>")
+    monkeypatch.setattr(shards, "_MB", 4096)
+    return index_folder(tmp_path / "files", workers=0)
+
+
+@pytest.fixture
+def sharded(index, tmp_path) -> Index:
+    return write_shards(index, str(tmp_path / "shards"), shard_mb=1)

@@ -144,11 +144,10 @@ def test_cut_leaves_its_input_as_it_was():
     assert torch.equal(images, IMAGES[:4])
 
 
-def test_ids_may_be_a_tensor_and_nothing_is_unreadable():
+def test_ids_may_be_a_tensor():
     ids = torch.from_numpy(IDS)
     got = MemoryLoader(IMAGES, ids, batch_size=103, train=False)
     assert joined(got.batches())[1].tolist() == IDS.tolist()
-    assert got.unreadable() == {}
     got.close()
 
 

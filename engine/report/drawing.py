@@ -1,0 +1,86 @@
+"""Drawings as SVG inside the page: matplotlib, in the colours of a light or a dark screen."""
+
+import base64
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from cycler import cycler
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, GREY = "#3b82c4", "#d9772b", "#3f9c5a", "#d1495b", "#8a8f98"
+CYCLE = (BLUE, ORANGE, GREEN, RED, "#8e6bbf", "#1f9e9e", "#b58900", GREY)
+
+_INK, _INK_IN_THE_DARK = "#24292f", "#d5dae1"
+_GRID, _GRID_IN_THE_DARK = "#d8dee4", "#3a414a"
+_LOOKS: Any = {
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "svg.fonttype": "none",  # text stays text: small files, and the reader's own font
+    "svg.hashsalt": "mentorch",  # the same report gives the same bytes
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=CYCLE),
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawing on the page.
+
+    Attributes:
+        title: above it.
+        alt: what it shows, for those who cannot see it.
+        uri: ``data:`` URI of the SVG.
+    """
+
+    title: str
+    alt: str
+    uri: str
+
+
+def draw(
+    title: str, alt: str, paint: Callable[[Any], None], size: tuple[float, float] = (4.6, 3.0)
+) -> Picture:
+    """A drawing of one set of axes.
+
+    Args:
+        title: above it.
+        alt: what it shows.
+        paint: draws on the matplotlib axes it is given.
+        size: width and height, inches.
+    """
+    buffer = io.BytesIO()
+    with mpl.rc_context(_LOOKS):
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure.add_subplot())
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue().decode().replace("</svg>", f"{_dark_style()}</svg>")
+    return Picture(
+        title, alt, "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    )
+
+
+def _dark_style() -> str:
+    """matplotlib writes colours into style attributes; this swaps two of them on dark screens."""
+    rules = [
+        f'[style*="{what}: {light}"] {{ {what}: {dark} !important }}'
+        for light, dark in ((_INK, _INK_IN_THE_DARK), (_GRID, _GRID_IN_THE_DARK))
+        for what in ("fill", "stroke")
+    ]
+    return f"<style>@media (prefers-color-scheme: dark) {{ {' '.join(rules)} }}</style>"

@@ -1,0 +1,85 @@
+"""A row for every training sample the run has visited, the most suspicious label first.
+
+    suspicion = 1 − exp(−mean loss)
+
+is one minus the probability that the student gave the label, its geometric mean over all visits.
+The mean over training finds wrong labels better than the last loss does, since what is memorised in
+the end was hard to learn first, and better than weights, which are coarse (0 or 1) and random in
+burn-in (docs/report.md has the figures). It needs no curriculum.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mentorch.engine.data.index import Index, replacing
+
+SUSPECT = 0.5  # suspicion from which on a label that the student does not predict is a suspect
+_FROM_LEDGER = (
+    "weight", "weight_mean", "weight_var", "loss", "loss_mean", "loss_var", "visits", "forgetting",
+)  # fmt: skip
+
+
+def score_samples(ledger: dict[str, NDArray[Any]], index: Index) -> pa.Table:
+    """Every visited sample with its scores; the columns are those of docs/report.md.
+
+    Args:
+        ledger: columns by name, [N] each, N the rows of the index.
+        index: of the training set.
+
+    Returns:
+        One row a visited sample, by rank.
+
+    Raises:
+        ValueError: no sample was visited.
+    """
+    visited = np.flatnonzero(ledger["visits"] > 0)
+    if not len(visited):
+        raise ValueError("the ledger has no visited sample: the run has not trained on any yet")
+    # Stable: among equals the lower sample id comes first.
+    order = np.argsort(-ledger["loss_mean"][visited], kind="stable")
+    ids = visited[order]
+    of = {name: column[ids] for name, column in ledger.items()}
+    given, clean = index.labels()[ids], index.clean_labels()[ids]
+    quality = np.exp(-of["loss_mean"].astype(np.float64))
+    differs = (of["predicted"] != given) & (of["predicted"] >= 0)
+    columns = {
+        "rank": pa.array(np.arange(1, len(ids) + 1)),
+        "sample_id": pa.array(ids),
+        "path": index.paths().take(pa.array(ids)),
+        **_label("given", given, index),
+        **_label("predicted", of["predicted"].astype(np.int64), index),
+        "given_probability": pa.array(np.exp(-of["loss"].astype(np.float64))),
+        "predicted_probability": pa.array(of["probability"]),
+        "suspicion": pa.array(1 - quality),
+        "quality": pa.array(quality),
+        "suspect": pa.array(differs & (1 - quality > SUSPECT)),
+        **{name: pa.array(of[name]) for name in _FROM_LEDGER},
+        "clean_label": pa.array(clean.astype(np.int32), mask=clean < 0),
+    }
+    return pa.table(columns)
+
+
+def _label(what: str, labels: NDArray[np.int64], index: Index) -> dict[str, pa.Array]:
+    # Nothing was predicted where the student's output was no number.
+    codes = pa.array(labels.astype(np.int32), mask=labels < 0)
+    names = pa.DictionaryArray.from_arrays(codes, pa.array(index.class_names, pa.string()))
+    return {f"{what}_label": codes, f"{what}_name": names}
+
+
+def known_wrong(scores: pa.Table) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which rows have a known clean label, and which are known to be wrong, [n] each."""
+    known = pc.is_valid(scores["clean_label"])
+    wrong = pc.fill_null(pc.not_equal(scores["clean_label"], scores["given_label"]), False)
+    return known.to_numpy(), wrong.to_numpy()
+
+
+def write_scores(scores: pa.Table, path: Path) -> None:
+    """Writes the table as Parquet, atomically."""
+    with replacing(path) as temporary:
+        pq.write_table(scores, temporary, compression="zstd")

@@ -1,0 +1,111 @@
+"""The run's curriculum as a picture: the weight over loss and loss difference."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mentorch.engine.criteria import BASELINES, create_criterion
+from mentorch.engine.data_driven import new_mentor
+from mentorch.engine.report.drawing import Picture, draw
+from mentorch.engine.report.run_folder import Run
+from mentorch.engine.reweight import Reweight
+from mentorch.kernels.mentor import EPOCHS, ClosedForm, Curriculum, sample_weight_ref
+
+_MENTOR = "/spade/criterion/mentor."  # where a checkpoint has the learned one's parameters
+_LOSS, _DIFF = torch.linspace(0, 8, 161), torch.linspace(-4, 4, 161)  # nats
+
+
+def curriculum_of(run: Run) -> Curriculum | None:
+    """The run's curriculum where a sample's loss decides its weight, else None.
+
+    None for baselines, for ``uniform`` and for latent weights.
+    """
+    config = run.config.curriculum
+    if config.name in BASELINES or config.name == "uniform" or config.weight_lr:
+        return None
+    if config.trusted:
+        return _learned(run)
+    nothing = torch.zeros(1, dtype=torch.int64)
+    criterion = create_criterion(
+        replace(config, percentile_over="local"),
+        labels_N=nothing, clean_labels_N=nothing, sample_ids=nothing, num_classes=1, total_steps=1,
+    )  # fmt: skip
+    assert isinstance(criterion, Reweight)
+    return criterion.curriculum()
+
+
+def _learned(run: Run) -> Curriculum:
+    """The MentorNet learned last in the run itself, from its checkpoint."""
+    config = run.config.curriculum
+    classes = len(run.index.classes[: run.config.data.max_label])
+    mentor = new_mentor(config.lstm_units, classes if config.use_label else 0)
+    with safe_open(run.checkpoint / "state.safetensors", "pt") as file:
+        names = [name for name in file.keys() if name.startswith(_MENTOR)]  # noqa: SIM118
+        mentor.load_state_dict({n.removeprefix(_MENTOR): file.get_tensor(n) for n in names})
+    return mentor.weights()
+
+
+@torch.no_grad()
+def weight_surface(curriculum: Curriculum, epoch_pct: int, history_steps: int = 1) -> Tensor:
+    """Weights over the grid of losses and differences, [differences, losses].
+
+    Args:
+        curriculum: of the run.
+        epoch_pct: progress of training, 0 to 99.
+        history_steps: visits it looks at; all are taken to be like the last.
+    """
+    diff, loss = (part.flatten() for part in torch.meshgrid(_DIFF, _LOSS, indexing="ij"))
+    if history_steps > 1 and not isinstance(curriculum, ClosedForm):
+        loss, diff = (part[:, None].expand(-1, history_steps) for part in (loss, diff))
+    labels = torch.zeros(len(loss), dtype=torch.int64)
+    weight = sample_weight_ref(curriculum, loss, diff, labels, torch.tensor(epoch_pct))
+    return weight.reshape(len(_DIFF), len(_LOSS))
+
+
+def surfaces(run: Run) -> list[Picture]:
+    """The curriculum at the end of burn-in and of training, with where the samples were then."""
+    curriculum = curriculum_of(run)
+    if curriculum is None:
+        return []
+    config = run.config.curriculum
+    burn_in = min(round(config.burn_in * EPOCHS), EPOCHS - 1)
+    moments = {"at the end of burn-in": burn_in, "at the end of training": EPOCHS - 1}
+    return [
+        _surface(when, weight_surface(curriculum, pct, config.history_steps), _average(run, pct))
+        for when, pct in moments.items()
+        if pct or when != "at the end of burn-in"
+    ]
+
+
+def _average(run: Run, epoch_pct: int) -> float | None:
+    """ℓ_pt at that share of the steps recorded so far, nats."""
+    train = [line for line in run.metrics if "loss_moving_avg" in line]
+    if not train:
+        return None
+    step = train[-1]["step"] * (epoch_pct + 1) / EPOCHS
+    nearest = min(train, key=lambda line: abs(line["step"] - step))
+    return float(nearest["loss_moving_avg"])
+
+
+def _surface(when: str, weight: Tensor, average: float | None) -> Picture:
+    def paint(axes: Any) -> None:
+        axes.grid(False)
+        extent = (float(_LOSS[0]), float(_LOSS[-1]), float(_DIFF[0]), float(_DIFF[-1]))
+        image = axes.imshow(
+            weight.numpy(), cmap="viridis", vmin=0, vmax=1, origin="lower", extent=extent,
+            aspect="auto",
+        )  # fmt: skip
+        axes.figure.colorbar(image, ax=axes, label="weight")
+        if average is not None:
+            line = {"color": "white", "linestyle": "--", "linewidth": 1.2}
+            axes.plot(_LOSS, _LOSS - average, **line)
+        axes.set(xlim=extent[:2], ylim=extent[2:], xlabel="loss ℓ, nats", ylabel="ℓ − ℓ_pt, nats")
+
+    where = (
+        "" if average is None else f" The dashed line is where samples were, ℓ_pt = {average:.2f}."
+    )
+    alt = f"Heat map of the weight over loss and loss difference {when}.{where}"
+    return draw(f"Curriculum {when}", alt, paint)
