@@ -150,7 +150,7 @@ def shard(
         f"their index is {index_name(sharded)}"
     )
     if "://" in out:
-        print("Copy or mount that folder, whole, where you train; then give --data.train FOLDER")
+        print("Copy or mount that folder, whole, where you train; then train from it: --webvision FOLDER")
     else:
-        print(f"Train from it with --data.train {out}")
+        print(f"Give it to a recipe in place of the data set, for example --webvision {out}")
     return sharded

@@ -172,11 +172,18 @@ class Loader:
         return {
             "training samples": digest(self.sample_ids),
             "training images": digest(index.sizes(), *_buffers(index.paths())),
+            "order": self._order_in_words(),
             "data.image_size": config.image_size,
             "data.crop_scale": str(tuple(config.crop_scale)),
             "data.crop_ratio": str(tuple(config.crop_ratio)),
             "data.mirror": config.mirror,
         }
+
+    def _order_in_words(self) -> str:
+        if not self.index.shards:
+            return "shuffled files"
+        places, config = digest(*self.index.places()), self.config
+        return f"shards {places}, {config.shard_streams} streams, window {config.shard_window}"
 
     def unusable_count(self) -> int:
         """The number of files that were left out so far."""

@@ -76,7 +76,7 @@ def has_jpeg_end(data: bytes) -> bool:
         if marker == 0xFF:  # a fill byte
             at += 1
         elif marker == 0xDA:  # start of scan: entropy-coded data never holds FF D9
-            return data.find(b"\xff\xd9", at) >= 0
+            return data.rfind(b"\xff\xd9", at) >= 0  # it is nearly always at the very end
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return False

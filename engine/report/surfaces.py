@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mentorch.engine.criteria import BASELINES, create_criterion
 from mentorch.engine.data_driven import new_mentor
-from mentorch.engine.report.drawing import Picture, draw
+from mentorch.engine.report.drawing import RED, Picture, draw
 from mentorch.engine.report.run_folder import Run
 from mentorch.engine.reweight import Reweight
 from mentorch.kernels.mentor import EPOCHS, ClosedForm, Curriculum, sample_weight_ref
@@ -100,7 +100,7 @@ def _surface(when: str, weight: Tensor, average: float | None) -> Picture:
         )  # fmt: skip
         axes.figure.colorbar(image, ax=axes, label="weight")
         if average is not None:
-            line = {"color": "white", "linestyle": "--", "linewidth": 1.2}
+            line = {"color": RED, "linestyle": "--", "linewidth": 1.6}
             axes.plot(_LOSS, _LOSS - average, **line)
         axes.set(xlim=extent[:2], ylim=extent[2:], xlabel="loss ℓ, nats", ylabel="ℓ − ℓ_pt, nats")
 

@@ -201,7 +201,7 @@ def test_the_command(index, tmp_path, capsys):
     made = commands.shard(index.root / "folder.index.parquet", str(out), shard_mb=1, seed=2)
     printed = capsys.readouterr().out
     assert f"{out}: 17 images" in printed
-    assert f"--data.train {out}" in printed
+    assert f"--webvision {out}" in printed
     data = open_datasets(DataConfig(train=out, evaluate={"val": out}), World())
     assert data.train.index.shards == made.shards
     assert len(data.evaluate["val"].sample_ids) == 3
@@ -237,6 +237,20 @@ def test_a_loader_sees_the_same_pixels_as_over_files(digits_index, sharded_digit
     both = set(files) & set(tars) - {-1}
     assert len(both) >= 58
     assert all(torch.equal(files[i], tars[i]) for i in both)
+
+
+def test_the_fingerprint_tells_shards_from_files(digits_index, sharded_digits):
+    def fingerprint(index, **changes):
+        config, ids = replace(SMALL, **changes), index.select("train")
+        return Loader(index, ids, batch_size=16, config=config, train=True).fingerprint()
+
+    shards = fingerprint(sharded_digits)
+    for other in (
+        fingerprint(digits_index),
+        fingerprint(sharded_digits, shard_streams=2),
+        fingerprint(sharded_digits, shard_window=9),
+    ):
+        assert {key for key in shards if shards[key] != other[key]} == {"order"}
 
 
 def test_a_loader_over_shards_resumes_and_shares_out(digits_index, sharded_digits):

@@ -147,7 +147,7 @@ def test_a_page_of_a_run_that_has_told_little(make_run, digits_index):
     table = digits_index.table.set_column(at, "clean_label", nulls)
     page = _report(make_run(index=replace(digits_index, table=table), metrics=()), samples=0)
     assert "no metrics yet" in page.text
-    assert "None: every file could be read" in page.text
+    assert "None. Files that the index calls missing" in page.text
     assert "How well wrong labels are found" not in page.text
     assert "There is no suspect" in page.text  # the fixture's student predicts −1 then: nothing
     assert len(page.drawings()) == 4  # 2 histograms, 2 surfaces
