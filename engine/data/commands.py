@@ -150,7 +150,9 @@ def shard(
         f"their index is {index_name(sharded)}"
     )
     if "://" in out:
-        print("Copy or mount that folder, whole, where you train; then train from it: --webvision FOLDER")
+        print(
+            "Copy or mount that folder, whole, where you train; give it to a recipe: --webvision …"
+        )
     else:
         print(f"Give it to a recipe in place of the data set, for example --webvision {out}")
     return sharded

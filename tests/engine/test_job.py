@@ -247,7 +247,7 @@ def test_a_run_whose_images_are_gone_stops_and_can_go_on(own_digits):
     assert run(replace(config, train=replace(config.train, epochs=1))) == 0
     folder = _only_run(config)
     (root / "flickr").rename(root / "away")
-    with pytest.raises(RuntimeError, match="100% of the images .* No such file .*quarantine"):
+    with pytest.raises(RuntimeError, match=r"100% of the images .* No such file .*quarantine"):
         run(replace(config, resume=folder))
     assert _final(folder)[2]["spade"]["step"] == 12, "kept what steps on placeholders made"
     (root / "away").rename(root / "flickr")
