@@ -115,10 +115,7 @@ def open_datasets(config: DataConfig, world: World) -> Datasets:
     """
     if config.train is None:
         raise ValueError("no training data: give --data.train a data set's folder or an index")
-    index = open_index(config.train, world)
-    if config.noise:
-        kind, rate = parse_noise(config.noise)
-        index = add_noise(index, Noise(kind, rate, config.noise_seed), "train", config.max_label)  # type: ignore[arg-type]  # Noise checks
+    index = with_noise(open_index(config.train, world), config)
     classes = index.classes[: config.max_label]
     chosen = index.select("train", sources=config.sources or None, max_label=config.max_label)
     train = Samples(index, chosen, index.labels())
@@ -127,6 +124,19 @@ def open_datasets(config: DataConfig, world: World) -> Datasets:
         for name, path in config.evaluate.items()
     }
     return Datasets(classes, train, evaluate)
+
+
+def with_noise(index: Index, config: DataConfig) -> Index:
+    """The training index with the label noise that a run puts on it.
+
+    Raises:
+        ValueError: no such noise, or the index has some already.
+    """
+    if not config.noise:
+        return index
+    kind, rate = parse_noise(config.noise)
+    noise = Noise(kind, rate, config.noise_seed)  # type: ignore[arg-type]  # Noise checks the kind
+    return add_noise(index, noise, "train", config.max_label)
 
 
 def bad_files(index: Index) -> list[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """What a run has left behind: its configuration, metrics, ledger, index and quarantined files."""
 
-import hashlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,8 +9,9 @@ from numpy.typing import NDArray
 
 from mentorch.engine.checkpoint import checkpoints, unpack
 from mentorch.engine.config import RunConfig, with_options
-from mentorch.engine.data.datasets import open_index
+from mentorch.engine.data.datasets import open_index, with_noise
 from mentorch.engine.data.index import Index
+from mentorch.engine.data.pipelines import digest
 from mentorch.engine.distributed import World
 from mentorch.engine.ledger import read_ledger
 
@@ -59,7 +59,7 @@ def read_run(folder: Path, index: Path | None = None) -> Run:
             f"{folder} has no complete checkpoint yet; there is one after the first epoch"
         )
     ledger = _read_ledger(found[-1])
-    samples = _open_index(config, index, folder)
+    samples = with_noise(_open_index(config, index, folder), config.data)
     _check_labels(found[-1], ledger, samples)
     metrics = _json_lines(folder / "metrics.jsonl")
     quarantine = _json_lines(folder / "quarantine.jsonl")
@@ -101,9 +101,7 @@ def _open_index(config: RunConfig, given: Path | None, folder: Path) -> Index:
     if not path.exists():
         raise FileNotFoundError(f"there is no index {path}{elsewhere}")
     if path.is_file():
-        return Index.read(
-            path, need_root=False
-        )  # without its images there is a report all the same
+        return Index.read(path, need_root=False)  # a report is possible without the images
     if next(path.glob("*.index.parquet"), None) is None:
         raise FileNotFoundError(f"there is no index in {path}{elsewhere}")
     return open_index(path, World())
@@ -116,8 +114,7 @@ def _check_labels(checkpoint: Path, ledger: Ledger, index: Index) -> None:
             f"the run was trained on an index of {rows:,} rows, that of {index.root} has "
             f"{len(index):,} now. Give the one it was trained on: --index FILE"
         )
-    # `digest` of data.pipelines, whose import would need DALI.
-    if recorded not in (None, hashlib.sha256(index.labels().tobytes()).hexdigest()[:16]):
+    if recorded not in (None, digest(index.labels())):
         raise ValueError(
             f"the labels of {index.root} have changed since the run, and its losses belong to the "
             "old ones. Give the index it was trained on: --index FILE"

@@ -50,7 +50,7 @@ def test_imagenet_alone_is_refused():
 def test_the_readmes_commands_are_those_of_ci():
     readme = (REPOSITORY / "README.md").read_text()
     (command,) = re.findall(r"^```bash\n(\./setup dev && .*)\n```$", readme, re.MULTILINE)
-    assert ".venv/bin/pytest &&" in command
+    assert ".venv/bin/pytest -n 2 &&" in command
     assert "TRITON_INTERPRET=1 .venv/bin/pytest" in command
     assert command in (REPOSITORY / ".ci" / "run").read_text()
     assert "./setup && .venv/bin/torchrun recipes/webvision_irv2.py" in readme

@@ -9,7 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from mentorch.engine.checkpoint import pack
 from mentorch.engine.data.index import Index
+from mentorch.engine.data.noise import Noise, add_noise
+from mentorch.engine.data.pipelines import digest
 from mentorch.engine.report.command import report
 from mentorch.engine.report.run_folder import read_run
 
@@ -115,3 +118,19 @@ def test_a_real_run_and_its_labels(trained, digits, tmp_path):
     changed.write(tmp_path / "changed.parquet")
     with pytest.raises(ValueError, match=r"labels of .* have changed since the run"):
         report(trained, index=tmp_path / "changed.parquet")
+
+
+def test_noise_that_the_run_put_on_its_labels_is_put_on_again(make_run, digits_index):
+    folder = make_run()
+    config = json.loads((folder / "config.json").read_text())
+    config["data"] |= {"noise": "symmetric:0.5", "noise_seed": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    noisy = add_noise(digits_index, Noise("symmetric", 0.5, 3), "train").labels()
+    state = {"fingerprint": {"training labels": digest(noisy)}}
+    checkpoint = folder / "checkpoints" / "step-00000012"
+    (checkpoint / "state.json").write_text(json.dumps(pack(state, {})))
+    assert (read_run(folder).index.labels() == noisy).all()
+    config["data"]["noise_seed"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"labels .* have changed"):
+        read_run(folder)
