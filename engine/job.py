@@ -1,12 +1,10 @@
 """The whole job: open the data, train the student under its curriculum, evaluate, keep a record."""
 
 import json
-import os
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,12 +12,13 @@ import torch
 from mentorch.engine import checkpoint
 from mentorch.engine.config import RunConfig, save_config
 from mentorch.engine.criteria import create_criterion
-from mentorch.engine.data.datasets import Datasets, Samples, bad_files, open_datasets
+from mentorch.engine.data.datasets import Samples, open_datasets
 from mentorch.engine.data.pipelines import Loader, Normalise, digest
 from mentorch.engine.data.quarantine import Quarantine
 from mentorch.engine.distributed import World, distributed
 from mentorch.engine.evaluate import evaluate, share_buffers
 from mentorch.engine.ledger import Ledger
+from mentorch.engine.messages import label_notes, launcher, train_line
 from mentorch.engine.scores import Scores
 from mentorch.engine.spade import Spade
 from mentorch.engine.stop import StopRequest
@@ -105,12 +104,15 @@ class Job:
         if not found:
             raise FileNotFoundError(f"{self.folder} has no complete checkpoint to go on from")
         models, state, own = checkpoint.load_checkpoint(found[-1], self.world)
-        for name, here in self._fingerprint().items():
+        for name, here in self.fingerprint.items():
             if state["fingerprint"].get(name, here) != here:  # an older run did not note all
                 raise ValueError(
                     f"{found[-1]} was made with {name} {state['fingerprint'][name]!r}, this run "
                     f"has {here!r}: it would not go on as it was. Undo that, or start a new run"
                 )
+        ranks = self.world.world_size
+        if state.get("ranks", ranks) != ranks:
+            self.notes.append(f"begun on {state['ranks']} ranks, going on with {ranks}")
         self.spade.load(models, state["spade"], own)
         if self.ledger and "ledger" in models:
             self.ledger.load_state_dict(models["ledger"])
@@ -118,7 +120,8 @@ class Job:
             self.notes.append(f"{found[-1]} has no ledger: this run's holds what is seen from here")
         self.scores = Scores(**state["scores"])
 
-    def _fingerprint(self) -> dict[str, str | int | bool]:
+    @cached_property
+    def fingerprint(self) -> dict[str, str | int | bool]:
         """What must not change between a run and its resumption, by name. The ranks may."""
         config = self.config
         return {
@@ -165,7 +168,7 @@ class Job:
         metrics |= self.telemetry.speed(step, self.config.train.batch_size)
         self.telemetry.log(step, "train", metrics)
         if self.world.is_main:
-            self.telemetry.say(_train_line(step, self.spade, metrics))
+            self.telemetry.say(train_line(step, self.spade, metrics))
         self._check_storage(metrics["unusable"])
         return stopping
 
@@ -182,7 +185,7 @@ class Job:
                 f"(data.max_unusable is {allowed:.0%}), most of them because of: "
                 f"{reasons.most_common(1)[0][0]}. {self.quarantine.path} names them. Mend that and "
                 f"go on from the last checkpoint with\n"
-                f"    {_launcher(self.world)} --resume {self.folder}"
+                f"    {launcher(self.world)} --resume {self.folder}"
             )
 
     def _end_of_epoch(self, epoch: int) -> None:
@@ -226,7 +229,8 @@ class Job:
         state = {
             "spade": spade.state(),
             "scores": asdict(self.scores),
-            "fingerprint": self._fingerprint(),
+            "fingerprint": self.fingerprint,
+            "ranks": self.world.world_size,
         }
         models, own = spade.models(), {"loss_moving_avg": spade.criterion.loss_moving_avg}
         if self.ledger:
@@ -249,14 +253,14 @@ class Job:
             f"{len(data.train.sample_ids):,} training samples, {spade.steps_per_epoch:,} steps an "
             f"epoch, {spade.total_steps:,} in all; {spade.step_count:,} taken"
         )
-        for line in (*_label_notes(data), *self.notes):
+        for line in (*label_notes(data), *self.notes):
             say(line)
         say(f"run folder: {self.folder}")
 
     def _say_how_to_resume(self) -> None:
         self.telemetry.say(
             f"stopped after step {self.spade.step_count:,} of {self.spade.total_steps:,}; "
-            f"go on with\n    {_launcher(self.world)} --resume {self.folder}"
+            f"go on with\n    {launcher(self.world)} --resume {self.folder}"
         )
 
     def _note_unusable(self, loader: Loader) -> None:
@@ -292,42 +296,6 @@ def _per_rank(batch_size: int, world: World, name: str) -> int:
             f"{name} is {batch_size}, which {world.world_size} ranks cannot share out evenly"
         )
     return batch_size // world.world_size
-
-
-def _train_line(step: int, spade: Spade, metrics: dict[str, float]) -> str:
-    known = ""
-    if "weight_wrong" in metrics and "weight_right" in metrics:
-        right, wrong = metrics["weight_right"], metrics["weight_wrong"]
-        known = f"  weight of right labels {right:.2f}, wrong {wrong:.2f}"
-    return (
-        f"step {step:,}/{spade.total_steps:,}  epoch {(step - 1) // spade.steps_per_epoch + 1}  "
-        f"loss {metrics['loss']:.3f}  weighted {metrics['weighted_loss']:.3f}  "
-        f"used {metrics['data_utilization']:.0%}  ℓ_pt {metrics['loss_moving_avg']:.3f}{known}  "
-        f"lr {metrics['lr']:.4f}  {metrics['images_per_s']:.1f} images/s  "
-        f"{metrics['eta_s'] / 60:.1f} min left"
-    )
-
-
-def _label_notes(data: Datasets) -> Iterator[str]:
-    """What is known about the training labels and files."""
-    index, ids = data.train.index, data.train.sample_ids
-    clean = index.clean_labels()[ids]
-    known = clean >= 0
-    if known.any():
-        wrong = (clean != index.labels()[ids])[known].mean()
-        yield f"{known.sum():,} of them have a known clean label; {wrong:.1%} of those are wrong"
-    bad = bad_files(index)
-    if bad:
-        yield f"{len(bad):,} files of {index.root} are left out:"
-        yield from (f"    {path}: {status}" for path, status in bad[:10])
-
-
-def _launcher(world: World) -> str:
-    """How this process was started, as far as it matters for starting it again."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return f"python {sys.argv[0]}"
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return f"torchrun --nproc-per-node {ranks} {sys.argv[0]}"
 
 
 def _run_folder(config: RunConfig, world: World) -> Path:

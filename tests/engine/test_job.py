@@ -421,7 +421,7 @@ job.run(load_config(Path(sys.argv[1]), RunConfig))
 
 
 def test_two_ranks_killed_within_an_epoch_and_one_that_goes_on(
-    without_evaluation, tmp_path, torchrun, monkeypatch
+    without_evaluation, tmp_path, torchrun, monkeypatch, capsys
 ):
     train = replace(without_evaluation.train, checkpoint_steps=4)
     config = replace(without_evaluation, train=train)
@@ -436,6 +436,7 @@ def test_two_ranks_killed_within_an_epoch_and_one_that_goes_on(
     whole = _recorded(monkeypatch, replace(config, out=tmp_path / "whole"))
     rest = _recorded(monkeypatch, parse(RunConfig, RunConfig(), ["--resume", str(folder)]))
     assert rest == whole[16:]
+    assert "begun on 2 ranks, going on with 1" in capsys.readouterr().out
     folders = folder, _only_run(replace(config, out=tmp_path / "whole"))
     two, one = (read_ledger(_final(f)[0] / "ledger.safetensors")["visits"] for f in folders)
     assert (two == one).all(), "visits were lost, or counted twice, when ranks went"
