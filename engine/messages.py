@@ -20,8 +20,8 @@ def train_line(step: int, spade: Spade, metrics: dict[str, float]) -> str:
     return (
         f"step {step:,}/{spade.total_steps:,}  epoch {(step - 1) // spade.steps_per_epoch + 1}  "
         f"loss {metrics['loss']:.3f}  weighted {metrics['weighted_loss']:.3f}  "
-        f"used {metrics['data_utilization']:.0%}  ℓ_pt {metrics['loss_moving_avg']:.3f}{known}{missing}  "
-        f"lr {metrics['lr']:.4f}  {metrics['images_per_s']:.1f} images/s  "
+        f"used {metrics['data_utilization']:.0%}  ℓ_pt {metrics['loss_moving_avg']:.3f}"
+        f"{known}{missing}  lr {metrics['lr']:.4f}  {metrics['images_per_s']:.1f} images/s  "
         f"{metrics['eta_s'] / 60:.1f} min left"
     )
 
