@@ -133,8 +133,8 @@ class CurriculumConfig:
     gamma: float = 2.0
     """γ of focal."""
     loss_percentile: float = 0.75
-    """p of the loss percentile ℓ_pt; roughly the share of labels that is right, three quarters of it
-    for the dd that ships."""
+    """p of the loss percentile ℓ_pt; roughly the share of labels that is right, and three quarters
+    of that for the dd that ships."""
     decay: float = 0.95
     """Of the moving average of that percentile, per step."""
     burn_in: float = 0.2
