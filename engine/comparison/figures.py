@@ -1,6 +1,7 @@
 """The paper's figures, from the results of a comparison (matplotlib)."""
 
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,8 @@ def _learned(
 ) -> tuple[Record, list[tuple[int, MentorNet]]] | None:
     """The first run that learned MentorNets, and these: the first and the last of them."""
     for record in records:
-        paths = folder.glob(f"{record['experiment']['key']}.at-*.safetensors")
+        key = escape(record["experiment"]["key"])  # a method's options may have brackets
+        paths = folder.glob(f"{key}.at-*.safetensors")
         by_pct = sorted((int(path.stem.rpartition("-")[2]), path) for path in paths)
         if by_pct:
             ends = [by_pct[0], by_pct[-1]] if len(by_pct) > 1 else by_pct
