@@ -76,13 +76,14 @@ class DataConfig:
     """Decoded batches kept ready (DALI's prefetch_queue_depth)."""
     decoder_load: float = 0.9
     """Share of the JPEGs that a GPU's hardware decoder takes; its CUDA cores and the CPU take the
-    rest. Higher leaves the CPU to read files. Chips without that hardware do not mind."""
+    rest. Higher leaves the CPU to read files."""
     decoder_size_hint: tuple[int, int] = (0, 0)
     """Width and height of the largest image that a GPU's decoder makes room for beforehand, pixels:
     larger ones later cost a pause each. (0, 0) lets it grow."""
     max_unusable: float = 0.1
     """Share of the rows between two lines of metrics that may be missing, because their files
-    cannot be used, before the run stops: storage that is gone must not pass for training."""
+    cannot be used, before the run stops: storage that is gone must not pass for training. What few
+    rows may hold by chance is allowed besides."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "image_size", "resize", "read_threads", "prefetch", "shard_streams")

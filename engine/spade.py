@@ -198,6 +198,7 @@ class Spade:
         }
         metrics["loss_moving_avg"] = float(self.criterion.loss_moving_avg)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        metrics["rows"] = rows
         metrics["unusable"] = 1 - samples / max(rows, 1)  # share of rows without an image
         return metrics, [total > 0 for total in values[len(self._sums) :]]
 

@@ -154,7 +154,7 @@ class Loader:
             if refused:
                 return
         raise RuntimeError(
-            f"DALI fails, although every file of the batch decodes by itself: {error}"
+            f"DALI fails, and no file of the batch fails by itself to explain it: {error}"
         ) from error
 
     def _threads(self) -> int:

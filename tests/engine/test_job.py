@@ -255,6 +255,16 @@ def test_a_run_whose_images_are_gone_stops_and_can_go_on(own_digits):
     assert _final(folder)[2]["spade"]["step"] == 24
 
 
+def test_a_few_bad_files_in_a_short_line_of_metrics_do_not_stop_a_run(own_digits):
+    """A line a step: two of 16 images are more than a tenth, but they are not storage gone."""
+    config, root = own_digits
+    for path in sorted((root / "flickr").rglob("*.jpg"))[::16]:  # 13 of 197: 7%
+        path.write_text("<html>")
+    assert run(replace(config, train=replace(config.train, log_every=1))) == 0
+    rows = [r["unusable"] for r in _metrics(_only_run(config)) if r["kind"] == "train"]
+    assert max(rows) > config.data.max_unusable, "no line has more than is allowed"
+
+
 def test_checkpoints_within_an_epoch(without_evaluation):
     train = replace(without_evaluation.train, epochs=1, checkpoint_steps=5, keep_checkpoints=9)
     assert run(replace(without_evaluation, train=train)) == 0

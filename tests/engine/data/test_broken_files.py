@@ -193,7 +193,7 @@ def test_an_error_that_no_file_explains_ends_the_run(tree, monkeypatch):
     """Out of memory, say: quarantining good files would hide it."""
     index, _ = tree
     monkeypatch.setattr(graph, "_why_not", lambda *_: "out of memory")
-    with pytest.raises(RuntimeError, match="although every file of the batch decodes by itself"):
+    with pytest.raises(RuntimeError, match=r"no file of the batch fails by itself to explain it"):
         list(_loader(index, index.select("train")).batches())
 
 
