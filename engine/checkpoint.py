@@ -6,31 +6,77 @@ A checkpoint is a folder ``step-00001234`` with
     average.safetensors         its moving average, if there is one
     ledger.safetensors          what is known about every sample, unless that was switched off
     state.safetensors + .json   optimiser, loss scale, curriculum, …: tensors and the rest
-    rank-0.safetensors …        what each rank has of its own: random states, a local ℓ_pt
+    ranks.safetensors           what a rank has of its own, by "RANK/": random states, ℓ_pt
+    SHA256SUMS                  hashes of all other files, as sha256sum prints and checks them
 
-It is written under another name, flushed to the disk and renamed when complete, so a folder of that
-name is whole. The order of samples and their crops need no state: they are functions of the seed
-and the step.
+`mentorch.engine.checkpoint_writer` writes it, `checkpoint_files` verifies it, `checkpoint_choice`
+finds the one to go on from. The order of samples and their crops need no state: they are functions
+of the seed and the step.
 """
 
 import json
-import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
+from mentorch.engine.checkpoint_choice import choose_checkpoint, clean
+from mentorch.engine.checkpoint_files import MODELS, DamagedCheckpoint, checkpoints, verify
 from mentorch.engine.distributed import World
 
+__all__ = [  # what is made here, and of the neighbours what a run needs
+    "DamagedCheckpoint", "Loaded", "Snapshot", "Tensors", "checkpoints", "choose_checkpoint",
+    "clean", "load_checkpoint", "pack", "restore_random", "take_snapshot", "unpack", "verify",
+]  # fmt: skip
+
 Tensors = dict[str, Tensor]
+T = TypeVar("T")
+
+
+class Snapshot(NamedTuple):
+    """All that a checkpoint holds, copied to the host: training may go on while it is written.
+
+    Attributes:
+        step: training steps taken.
+        models: state dicts by file name, of `MODELS`; empty on all ranks but the main one.
+        state: nested dicts of tensors and JSON values; likewise.
+        ranks: of every rank its random states and, under "own/", its own tensors.
+    """
+
+    step: int
+    models: dict[str, Tensors]
+    state: dict[str, Any]
+    ranks: list[Tensors]
+
+
+class Loaded(NamedTuple):
+    """A checkpoint, read by a rank.
+
+    Attributes:
+        models: state dicts by file name, of `MODELS`.
+        state: nested dicts of tensors and JSON values.
+        own: the rank's own tensors; empty for a rank that the saved run did not have.
+        random: its random states, for `restore_random`; likewise.
+    """
+
+    models: dict[str, Tensors]
+    state: dict[str, Any]
+    own: Tensors
+    random: Tensors
+
+
+# Nested state as JSON and tensors
 
 
 def pack(tree: Any, tensors: Tensors, name: str = "") -> Any:
     """Moves the tensors of nested dicts and lists into ``tensors``; returns the JSON-able rest."""
     if isinstance(tree, Tensor):
+        while name in tensors:  # {"a/b": …} beside {"a": {"b": …}}
+            name += "'"
         tensors[name] = tree.detach().cpu().contiguous()
         return {"tensor": name}
     if isinstance(tree, dict):  # pairs, because JSON would turn an optimiser's integer keys to text
@@ -41,113 +87,136 @@ def pack(tree: Any, tensors: Tensors, name: str = "") -> Any:
 
 
 def unpack(skeleton: Any, tensors: Tensors) -> Any:
-    """The inverse of `pack` (tuples come back as lists)."""
-    kind, content = next(iter(skeleton.items()))
+    """The inverse of `pack` (tuples come back as lists).
+
+    Raises:
+        KeyError: a tensor that is not there.
+        TypeError: a key that no dict can have.
+        ValueError: anything else that `pack` does not make.
+    """
+    if not isinstance(skeleton, dict) or len(skeleton) != 1:
+        raise ValueError(f"expected one of tensor, items, list, value, got {str(skeleton)[:80]}")
+    ((kind, content),) = skeleton.items()
     if kind == "tensor":
         return tensors[content]
-    if kind == "items":
+    if kind == "items" and isinstance(content, list):
         return {key: unpack(value, tensors) for key, value in content}
-    if kind == "list":
+    if kind == "list" and isinstance(content, list):
         return [unpack(value, tensors) for value in content]
-    return content
+    if kind == "value" and not isinstance(content, (dict, list)):
+        return content
+    raise ValueError(f"expected one of tensor, items, list, value, got {str(skeleton)[:80]}")
 
 
-def _random_states(device: torch.device) -> Tensors:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+# Taking and restoring
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    models: dict[str, Tensors],
-    state: dict[str, Any],
-    own: Tensors,
-    world: World,
-) -> Path:
-    """Writes a checkpoint; every rank calls it, the main rank writes all that is not its own.
+def _host_copy(tensor: Tensor) -> Tensor:
+    """A contiguous copy that shares memory with nothing."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
+
+
+def _host_copies(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return _host_copy(tree)
+    if isinstance(tree, dict):
+        assert all(isinstance(key, (str, int)) for key in tree), f"not for JSON: {list(tree)}"
+        return {key: _host_copies(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_host_copies(value) for value in tree]
+    # Here, where the one who put it in hears of it, rather than in the thread that writes.
+    assert tree is None or isinstance(tree, (str, int, float)), f"not for JSON: {tree!r}"
+    return tree
+
+
+def take_snapshot(
+    step: int, models: dict[str, Tensors], state: dict[str, Any], own: Tensors, world: World
+) -> Snapshot:
+    """Copies to the host what a checkpoint holds; every rank calls it.
 
     Args:
-        folder: the run's checkpoints.
         step: training steps taken.
-        models: state dicts by file name, "model" and perhaps "average" and "ledger".
-        state: nested dicts of tensors and JSON values.
-        own: what differs between ranks, besides the random states.
+        models: state dicts by file name, of `MODELS`; used on the main rank only.
+        state: nested dicts of tensors and JSON values; used on the main rank only.
+        own: what differs between ranks, besides the random states of torch.
         world: the ranks.
-
-    Returns:
-        The checkpoint's folder.
     """
-    final = folder / f"step-{step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    world.wait()
-    of_rank = _random_states(world.device) | {f"own/{k}": v.cpu() for k, v in own.items()}
-    save_file(of_rank, temporary / f"rank-{world.rank}.safetensors")
-    if world.is_main:
-        for name, tensors in models.items():
-            whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-            save_file(whole, temporary / f"{name}.safetensors")
-        tensors = {}
-        skeleton = pack(state, tensors)
-        save_file(tensors, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps(skeleton))
-    world.wait()
-    if world.is_main:
-        _to_disk(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _to_disk(folder)
-    world.wait()
-    return final
+    assert models.keys() <= set(MODELS), models.keys()
+    of_rank = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        of_rank["cuda"] = torch.cuda.get_rng_state(world.device)
+    of_rank |= {f"own/{name}": _host_copy(tensor) for name, tensor in own.items()}
+    ranks = [load(content) for content in world.gather(save(of_rank))]
+    if not world.is_main:
+        return Snapshot(step, {}, {}, ranks)
+    return Snapshot(step, _host_copies(models), _host_copies(state), ranks)
 
 
-def _to_disk(folder: Path) -> None:
-    """Flushes a folder and the files in it."""
-    for path in [*filter(Path.is_file, folder.iterdir()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def restore_random(random: Tensors, device: torch.device) -> None:
+    """Puts back a rank's random states; one that has none saved keeps those it has.
 
-
-def load_checkpoint(path: Path, world: World) -> tuple[dict[str, Tensors], dict[str, Any], Tensors]:
-    """Reads a checkpoint and restores this rank's random states.
-
-    A rank that the saved run did not have keeps the random states it has now.
-
-    Returns:
-        The models, the state and this rank's own tensors (none for such a rank) that were saved.
+    Raises:
+        DamagedCheckpoint: what is no random state, or one of another release of torch.
     """
-    models = {
-        name: load_file(path / f"{name}.safetensors")
-        for name in ("model", "average", "ledger")
-        if (path / f"{name}.safetensors").is_file()
-    }
-    skeleton = json.loads((path / "state.json").read_text())
-    state: dict[str, Any] = unpack(skeleton, load_file(path / "state.safetensors"))
-    rank_file = path / f"rank-{world.rank}.safetensors"
-    of_rank = load_file(rank_file) if rank_file.is_file() else {}
-    if "cpu" in of_rank:
-        torch.set_rng_state(of_rank["cpu"])
-    if "cuda" in of_rank and world.device.type == "cuda":
-        torch.cuda.set_rng_state(of_rank["cuda"], world.device)
-    own = {k.removeprefix("own/"): v for k, v in of_rank.items() if k.startswith("own/")}
-    return models, state, own
+    try:
+        if "cpu" in random:
+            torch.set_rng_state(random["cpu"])
+        if "cuda" in random and device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], device)
+    except (RuntimeError, TypeError) as error:
+        raise DamagedCheckpoint(f"ranks.safetensors: no random state: {error}") from error
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-????????"))
+# Loading
 
 
-def prune(folder: Path, keep: int, best: str | None) -> None:
-    """Deletes all but the latest ``keep`` checkpoints and the best one."""
-    for path in checkpoints(folder)[:-keep]:
-        if path.name != best:
-            shutil.rmtree(path)
+def load_checkpoint(path: Path, rank: int = 0) -> Loaded:
+    """Verifies and reads a checkpoint.
+
+    Args:
+        path: its folder.
+        rank: whose own tensors and random states are wanted.
+
+    Raises:
+        DamagedCheckpoint: it is not what was written, or not what this package writes.
+    """
+    verify(path)
+    tensors = _read(path, "state.safetensors", load_file)
+    state = _read(path, "state.json", lambda file: _read_state(file, tensors))
+    own, random = _read(path, "ranks.safetensors", lambda file: _read_rank(file, f"{rank}/"))
+    there = [name for name in MODELS if (path / f"{name}.safetensors").is_file()]
+    models = {name: _read(path, f"{name}.safetensors", load_file) for name in there}
+    return Loaded(models, state, own, random)
+
+
+def _read(path: Path, name: str, read: Callable[[Path], T]) -> T:
+    try:
+        return read(path / name)
+    # The hashes are right, so somebody made the file so; its parser may raise anything.
+    except Exception as error:
+        problem = f"{type(error).__name__}: {str(error)[:200]}"
+        raise DamagedCheckpoint(f"{path}: {name}: is not of a checkpoint: {problem}") from error
+
+
+def _read_state(path: Path, tensors: Tensors) -> dict[str, Any]:
+    state = unpack(json.loads(path.read_text(encoding="utf-8")), tensors)
+    if not isinstance(state, dict):
+        raise ValueError(f"holds a {type(state).__name__}, not a dict")
+    return state
+
+
+def _read_rank(path: Path, prefix: str) -> tuple[Tensors, Tensors]:
+    """A rank's own tensors and its random states."""
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    random = {name: tensors.pop(name) for name in ("cpu", "cuda") if name in tensors}
+    for name, state in random.items():
+        if state.dtype != torch.uint8 or state.ndim != 1:
+            raise ValueError(f"{prefix}{name} is {list(state.shape)} {state.dtype}, not [N] uint8")
+    if "cpu" in random:
+        torch.Generator().set_state(random["cpu"])  # raises for what is none
+    strange = [name for name in tensors if not name.startswith("own/")]
+    if strange:
+        raise ValueError(f"has {prefix}{strange[0]}")
+    return {name.removeprefix("own/"): tensor for name, tensor in tensors.items()}, random

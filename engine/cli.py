@@ -1,15 +1,18 @@
 """Command lines, made from signatures and dataclasses: `mentorch …` and the recipes' options."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tyro
 
 from mentorch.engine.config import C, load_config
+from mentorch.engine.failure import RunFailed
 
-USER_ERROR = 2  # exit status
+FAILED, USER_ERROR = 1, 2  # exit statuses
 _USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ImportError)
 
 
@@ -20,6 +23,10 @@ def run_cleanly(function: Callable[[], Any]) -> int:
     except _USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except RunFailed as error:
+        if os.environ.get("RANK", "0") == "0":  # all ranks say the same
+            print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -38,9 +45,10 @@ def parse(kind: type[C], default: C, arguments: Sequence[str] | None = None) -> 
         ValueError, FileNotFoundError: ``--resume`` names no run folder of this recipe.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    folder = _value_of("--resume", arguments)
-    if folder is not None:
-        default = load_config(Path(folder) / "config.json", kind)
+    resumed, folder = (_value_of(option, arguments) for option in ("--resume", "--folder"))
+    saved = Path(resumed or folder or "") / "config.json"
+    if resumed or (folder and saved.is_file()):
+        default = replace(load_config(saved, kind), resume=None, folder=None)
     about = sys.modules["__main__"].__doc__
     return tyro.cli(kind, default=default, args=arguments, description=about)
 

@@ -114,6 +114,9 @@ class StudentConfig:
     """Dropout before the classifier, share of features."""
     channels_last: bool = True
     """Keep activations in NHWC memory order, which tensor cores want."""
+    weights: Path | None = None
+    """Weights to start a new run from: a .safetensors file, or a state dict that torch.save wrote
+    (.pt, .pth, .pth.tar). A classifier of another width is left fresh."""
 
     def __post_init__(self) -> None:
         _share(self, "drop_rate")
@@ -238,6 +241,10 @@ class TrainConfig:
     """Passes over the training samples."""
     batch_size: int = 256
     """Samples a step over all ranks together; the number of ranks must divide it."""
+    accumulate: int = 1
+    """Parts that each rank takes its share of the batch in, one after another, where memory is
+    short; ranks exchange gradients once a step. ℓ_pt and the curriculum see every part as a batch
+    of its own, so their moving averages take this many more steps."""
     eval_batch_size: int = 0
     """The same for evaluation; 0 takes `batch_size`."""
     precision: Precision = "auto"
@@ -252,18 +259,48 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many checkpoints are kept, the latest; the best by top-1 on the first set is kept too."""
     log_every: int = 50
-    """Steps between lines of metrics. Between them the host does not wait for the device, and with
-    several ranks a stop that was asked for waits for the next one."""
+    """Steps between lines of metrics. Between them the host does not wait for the device."""
     ledger: bool = True
     """Note loss, weight, prediction and forgetting of every sample (`mentorch.engine.ledger`): 24
     bytes of device memory for each row of the training index, on every rank."""
+
+    max_skipped: int = 20
+    """Steps with gradients that are not finite are skipped, by all ranks alike, and the samples
+    behind them named in nonfinite.jsonl. More of them than this, with no line of metrics free of
+    them in between, and the run stops."""
+    first_step_timeout: float = 1800.0
+    """Seconds for what may take long: the first step, the first batch of an evaluation, learning a
+    curriculum, taking a checkpoint. A rank that makes no progress for longer says who holds it up,
+    and ends; 0 waits for ever."""
+    step_timeout: float = 300.0
+    """Seconds for everything that was done before, a step or a batch from the loader."""
 
     def __post_init__(self) -> None:
         _at_least(
             self, 1, "epochs", "batch_size", "evaluate_every", "checkpoint_every", "log_every"
         )
-        _at_least(self, 1, "keep_checkpoints")
-        _at_least(self, 0, "eval_batch_size", "checkpoint_steps")
+        _at_least(self, 1, "keep_checkpoints", "accumulate")
+        _at_least(self, 0, "eval_batch_size", "checkpoint_steps", "max_skipped")
+        _at_least(self, 0, "first_step_timeout", "step_timeout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How ranks work together (torch's DistributedDataParallel)."""
+
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """What ranks exchange; bf16 halves the bytes, and rounds."""
+    bucket_mb: float = 25.0
+    """Gradients are exchanged in buckets of this size (MiB), while the rest is computed."""
+    static_graph: bool = True
+    """The student uses the same parameters in every step, which saves DDP looking for the others.
+    Not for students that leave out layers at random. Has no effect with `train.accumulate`."""
+    sync_batchnorm: bool = False
+    """Batch norms over the global batch (GPUs only), where each rank has few images."""
+
+    def __post_init__(self) -> None:
+        if self.bucket_mb <= 0:
+            raise ValueError(f"bucket_mb must be above 0, got {self.bucket_mb}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +313,9 @@ class RunConfig:
     """Folder that run folders are made in."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: a GPU a rank where there are any."""
+    folder: Path | None = None
+    """Run folder to start in, or to go on in if a run was begun there: the option for jobs that are
+    interrupted and started again by the same command. By default a new one in `out`."""
     seed: int = 0
     """Of initialisation, order, crops and dropout. Label noise has its own, in the index."""
     resume: Path | None = None
@@ -286,6 +326,11 @@ class RunConfig:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        if self.resume and self.folder and self.resume != self.folder:
+            raise ValueError(f"resume {self.resume} and folder {self.folder} are two run folders")
 
 
 C = TypeVar("C", bound=RunConfig)

@@ -93,6 +93,11 @@ def create_criterion(
         ValueError: an unknown name, or options that do not go together.
     """
     group = dist.group.WORLD if config.percentile_over == "global" else None
+    if group is None and (config.trusted or config.weight_lr or config.history_steps > 1):
+        raise ValueError(
+            "percentile_over='local' does not go with trusted, weight_lr or history_steps: what is "
+            "known about a sample must be the same on every rank; take 'global'"
+        )
     device = labels_N.device
     if config.name in BASELINES:
         # Averaging over ranks is over the global batch in any case.

@@ -40,11 +40,19 @@ class Criterion(nn.Module, ABC):
             index: [B] int64 sample ids; below 0 for rows that are no sample.
         """
 
-    def update_curriculum(self, step: int) -> None:
-        """Lines 5 to 7 of Algorithm 1, called before every step; most curricula stay as they are.
+    def learns_at(self, step: int) -> bool:
+        """Whether `update_curriculum` is due; most curricula stay as they are.
 
         Args:
-            step: training steps taken so far.
+            step: calls of `weigh` so far.
+        """
+        return False
+
+    def update_curriculum(self, step: int) -> None:
+        """Lines 5 to 7 of Algorithm 1, called before a batch for which `learns_at` says so.
+
+        Args:
+            step: as there.
         """
 
     def forward(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Tensor:
@@ -70,3 +78,12 @@ def count_rows(valid: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return count.clamp(min=1)
     dist.all_reduce(count, group=group)
     return count.clamp(min=1) / dist.get_world_size(group)
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The rows of all ranks of a group, rank by rank; every rank brings equally many."""
+    if group is None or dist.get_world_size(group) == 1:
+        return rows
+    everyones = rows.new_empty(dist.get_world_size(group) * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(everyones, rows.contiguous(), group=group)
+    return everyones

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mentorch.engine.criterion import gather_rows
 from mentorch.engine.mentor import MentorNet
 from mentorch.engine.mentor_training import Features, fit_error, fit_weights, split_points
 from mentorch.engine.reweight import Reweight
@@ -83,17 +84,9 @@ class VisitLog(nn.Module):
         self.table[slots, column] = torch.cat([loss[:, None], diff[:, None], progress], 1)
         self.seen[slots] += 1
 
-    def latest(self, group: dist.ProcessGroup | None = None) -> Tensor:
-        """[n, V, 4], the latest V visits over all ranks, oldest first; NaN where there were less.
-
-        Args:
-            group: ranks that each log a share of the visits.
-        """
+    def latest(self) -> Tensor:
+        """[n, V, 4], the latest V visits, oldest first; NaN where there were less."""
         table = self.table[:-1]
-        if group is not None and dist.get_world_size(group) > 1:
-            tables = [torch.empty_like(table) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(tables, table.contiguous(), group=group)
-            table = torch.cat(tables, dim=1)
         order = table[:, :, 3].nan_to_num(-1.0).argsort(dim=1, stable=True)
         table = table.gather(1, order.unsqueeze(2).expand_as(table))
         return table[:, -self.table.shape[1] :]
@@ -334,23 +327,28 @@ class DataDriven(Reweight):
             raise ValueError("trusted samples are known by their ids: call criterion(…, index)")
         pct, step = self.epoch_pct(), self.step.clone()
         out = super().weigh(logits, labels, index)
-        if self.log is not None:
-            diff = out.sample_loss - out.loss_moving_avg
-            self.log.record(index, out.sample_loss.float(), diff.float(), pct, step)
+        if self.log is not None:  # every rank keeps all visits: a checkpoint is of one rank
+            loss = gather_rows(out.sample_loss, self.group)
+            diff = (loss - out.loss_moving_avg).float()
+            self.log.record(gather_rows(index, self.group), loss.float(), diff, pct, step)
         return out
 
     def _features(self) -> tuple[Features, Tensor]:
         """What D' looks like to the student now."""
         if self.log is not None:
-            visits = self.log.latest(self.group)
+            visits = self.log.latest()
             return features_of(visits, self.is_right, self.trusted_labels)
         assert self.history is not None
         trusted = Trusted(self.trusted_ids, self.is_right, self.trusted_labels)
         return features_of_history(self.history, trusted, self.epoch_pct())
 
+    def learns_at(self, step: int) -> bool:
+        """At the shares of training that were asked for."""
+        return step in self.learn_steps
+
     def update_curriculum(self, step: int) -> None:
         """Learns Θ when it is time (line 6); the parameters keep their places in memory."""
-        if step not in self.learn_steps:
+        if not self.learns_at(step):
             return
         features, target = self._features()
         found = fit_visits(features, target, seed=self.seed, **self.fit_options)

@@ -1,8 +1,7 @@
 """Top-1 and top-5 accuracy on a validation set, over all ranks, every sample exactly once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -10,14 +9,8 @@ from torch import Tensor, nn
 
 from mentorch.engine.data.pipelines import Batch
 from mentorch.engine.distributed import World
+from mentorch.engine.parallel import share_buffers
 from mentorch.engine.student import forward
-
-
-class Batches(Protocol):
-    """A loader, from files or from memory."""
-
-    def batches(self) -> Iterator[Batch]:
-        """All samples once, in order."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +29,10 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([best[:, 0].sum(), best.any(1).sum(), counted.sum()])
 
 
-def share_buffers(module: nn.Module, world: World) -> None:
-    """Gives every rank the main rank's running statistics; an average's are each rank's own."""
-    if world.world_size > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
-
-
 @torch.no_grad()
 def evaluate(
     student: nn.Module,
-    loader: Batches,
+    batches: Iterable[Batch],
     labels_N: Tensor,
     normalise: nn.Module,
     dtype: torch.dtype,
@@ -56,7 +42,7 @@ def evaluate(
 
     Args:
         student: not wrapped in DDP.
-        loader: of the validation set, with ``train=False``.
+        batches: all of the validation set, from a loader with ``train=False``.
         labels_N: [N] int64 on the device, the student's class of each row of the index; -1 for
             none.
         normalise: from pixels to the student's input.
@@ -67,7 +53,7 @@ def evaluate(
     student.eval()
     share_buffers(student, world)
     total = torch.zeros(3, dtype=torch.int64, device=world.device)
-    for images, sample_ids in loader.batches():
+    for images, sample_ids in batches:
         labels = labels_N[sample_ids.clamp(min=0)].masked_fill(sample_ids < 0, -1)
         logits = forward(student, normalise(images), dtype)
         total += hits(logits, labels)

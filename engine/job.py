@@ -1,32 +1,42 @@
 """The whole job: open the data, train the student under its curriculum, evaluate, keep a record."""
 
+import contextlib
 import json
 import math
-import time
 from collections import Counter
-from dataclasses import asdict
-from functools import cached_property
+from collections.abc import Collection
+from dataclasses import asdict, replace
+from datetime import timedelta
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
-from mentorch.engine import checkpoint
-from mentorch.engine.config import RunConfig, save_config
+from mentorch.engine.agreement import Agreement
+from mentorch.engine.checkpoint import load_checkpoint, restore_random
+from mentorch.engine.checkpoint_choice import choose_checkpoint, clean
+from mentorch.engine.checkpoint_files import checkpoints
+from mentorch.engine.config import RunConfig, TrainConfig, save_config
 from mentorch.engine.criteria import create_criterion
 from mentorch.engine.data.datasets import Samples, open_datasets
 from mentorch.engine.data.pipelines import Loader, Normalise, digest
 from mentorch.engine.data.quarantine import Quarantine
 from mentorch.engine.distributed import World, distributed
-from mentorch.engine.evaluate import evaluate, share_buffers
+from mentorch.engine.evaluate import evaluate
+from mentorch.engine.failure import RunFailed
+from mentorch.engine.files import replace_text
+from mentorch.engine.launch import exit_status, launch_id, launcher, run_folder
 from mentorch.engine.ledger import Ledger
-from mentorch.engine.messages import label_notes, launcher, train_line
-from mentorch.engine.scores import Scores
+from mentorch.engine.messages import introduction, label_notes, skipped_line, train_line
+from mentorch.engine.parallel import share_buffers
+from mentorch.engine.saving import Saver
+from mentorch.engine.scores import KIND, Scores
 from mentorch.engine.spade import Spade
+from mentorch.engine.status import Status
 from mentorch.engine.stop import StopRequest
 from mentorch.engine.student import create_student
 from mentorch.engine.telemetry import Telemetry, describe_environment
-
-STOPPED = 130  # exit status of a run that was asked to stop and can be resumed
+from mentorch.engine.watchdog import Progress, Watchdog
 
 
 class Job:
@@ -41,85 +51,121 @@ class Job:
     def __init__(self, config: RunConfig, world: World, folder: Path) -> None:
         self.config, self.world, self.folder = config, world, folder
         train = config.train
-        self.batch_size = _per_rank(train.batch_size, world, "train.batch_size")
+        self.batch_size = _per_rank(train.batch_size, world, "train.batch_size", train.accumulate)
         self.eval_batch_size = _per_rank(
             train.eval_batch_size or train.batch_size, world, "train.eval_batch_size"
         )
+        self.progress = Progress(train.first_step_timeout, train.step_timeout)
         self.quarantine = Quarantine(folder / "quarantine.jsonl", world.is_main)
         self._told = 0  # of this rank's unusable files, those that all ranks know of
+        self._recently_skipped = 0.0
         self.datasets = open_datasets(config.data, world)
         self.loader = self._loader("train", self.datasets.train, self.batch_size)
-        samples, classes = self.datasets.train, len(self.datasets.classes)
+        self.ledger = (
+            Ledger(len(self.datasets.train.labels_N), world) if config.train.ledger else None
+        )
+        self.spade = self._create_spade()
+        self.notes: list[str] = []  # to be said when the run introduces itself
+        resumed = self._resume()
+        self._make_folder(resumed)
+        step, total_steps = self.spade.step_count, self.spade.total_steps
+        self.telemetry = Telemetry(folder, world.is_main, step, total_steps)
+        self.scores = Scores.of(world.from_main(self.telemetry.kept))
+        self.go_on = f"{launcher(world)} --resume {folder}"
+        self.saver = Saver(
+            self.checkpoints, train.keep_checkpoints, world, before=self.telemetry.to_disk
+        )
+        self.status = Status(
+            folder,
+            world.is_main,
+            total_steps=total_steps,
+            checkpoint=step if resumed else None,
+            step=step,
+            resume=self.go_on,
+            launch=launch_id(),
+            world_size=world.world_size,
+        )
+
+    def _create_spade(self) -> Spade:
+        config, world, samples = self.config, self.world, self.datasets.train
+        classes, steps_per_epoch = len(self.datasets.classes), self.loader.steps_per_epoch
         labels = torch.from_numpy(samples.labels_N).to(world.device)
         clean = torch.from_numpy(samples.index.clean_labels()).to(world.device)
-        steps_per_epoch = self.loader.steps_per_epoch
         torch.manual_seed(config.seed)  # line 1 of Algorithm 1: the same w⁰ on every rank
-        student = create_student(config.student, classes, world.device)
+        begun = world.from_main(bool(checkpoints(self.checkpoints)))
+        chosen = replace(config.student, weights=None) if begun else config.student
+        student = create_student(chosen, classes, world.device)
         criterion = create_criterion(
             config.curriculum,
             labels_N=labels,
             clean_labels_N=clean,
             sample_ids=torch.from_numpy(samples.sample_ids).to(world.device),
             num_classes=classes,
-            total_steps=steps_per_epoch * train.epochs,
+            total_steps=steps_per_epoch * config.train.epochs * config.train.accumulate,
             seed=config.seed,
         )
         normalise = Normalise(config.data.mean, config.data.std).to(world.device)
-        self.ledger = Ledger(len(labels), world) if train.ledger else None
         observers = [self.ledger] if self.ledger else []
-        self.spade = Spade(
-            config, student, criterion, normalise, labels, clean, steps_per_epoch, world, observers
-        )
-        self.scores = Scores()
-        self.notes: list[str] = []  # to be said when the run introduces itself
-        if config.resume:
-            self._resume()
-        self._make_folder()
-        self.telemetry = Telemetry(
-            folder, world.is_main, self.spade.step_count, self.spade.total_steps
-        )
+        return Spade(
+            config, student, criterion, normalise, labels, clean, steps_per_epoch, world, observers,
+            self.progress,
+        )  # fmt: skip
 
-    def _make_folder(self) -> None:
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    def _make_folder(self, resumed: Path | None) -> None:
         if self.world.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            clean(self.checkpoints, resumed)
             save_config(self.config, self.folder / "config.json")
             environment = json.dumps(describe_environment(self.world.device), indent=2)
             (self.folder / "versions.json").write_text(environment + "\n")
         self.world.wait()
 
     def _loader(self, name: str, samples: Samples, batch_size: int) -> Loader:
+        train = samples is self.datasets.train
         return Loader(
             samples.index,
             samples.sample_ids,
             batch_size=batch_size,
             config=self.config.data,
-            train=samples is self.datasets.train,
+            train=train,
             seed=self.config.seed,
             world=self.world,
             name=name,
             refused=self.quarantine.refused(name),
+            parts=self.config.train.accumulate if train else 1,
         )
 
-    def _resume(self) -> None:
-        found = checkpoint.checkpoints(self.folder / "checkpoints")
-        if not found:
+    def _resume(self) -> Path | None:
+        """Goes on from the run's last good checkpoint, if it has one; returns it."""
+        found, notes = choose_checkpoint(self.checkpoints, self.world)
+        self.notes += notes
+        if found is None and self.config.resume:
             raise FileNotFoundError(f"{self.folder} has no complete checkpoint to go on from")
-        models, state, own = checkpoint.load_checkpoint(found[-1], self.world)
+        if found is None:
+            return None
+        models, state, own, random = load_checkpoint(found, self.world.rank)
         for name, here in self.fingerprint.items():
             if state["fingerprint"].get(name, here) != here:  # an older run did not note all
                 raise ValueError(
-                    f"{found[-1]} was made with {name} {state['fingerprint'][name]!r}, this run "
+                    f"{found} was made with {name} {state['fingerprint'][name]!r}, this run "
                     f"has {here!r}: it would not go on as it was. Undo that, or start a new run"
                 )
         ranks = self.world.world_size
-        if state.get("ranks", ranks) != ranks:
+        if state["ranks"] != ranks:
             self.notes.append(f"begun on {state['ranks']} ranks, going on with {ranks}")
+            own = {}
         self.spade.load(models, state["spade"], own)
         if self.ledger and "ledger" in models:
             self.ledger.load_state_dict(models["ledger"])
         elif self.ledger:
-            self.notes.append(f"{found[-1]} has no ledger: this run's holds what is seen from here")
-        self.scores = Scores(**state["scores"])
+            self.notes.append(f"{found} has no ledger: this run's holds what is seen from here")
+        restore_random(random, self.world.device)
+        return found
 
     @cached_property
     def fingerprint(self) -> dict[str, str | int | bool]:
@@ -128,6 +174,7 @@ class Job:
         return {
             "seed": config.seed,
             "train.batch_size": config.train.batch_size,
+            "train.accumulate": config.train.accumulate,
             "student.name": config.student.name,
             "classes": len(self.datasets.classes),
             "precision": str(self.spade.dtype),
@@ -136,42 +183,76 @@ class Job:
             "training labels": digest(self.datasets.train.labels_N),
         }
 
+    # ---- Training -------------------------------------------------------------------------------
+
     def run(self, stop: StopRequest) -> bool:
         """Trains to the end or until asked to stop; True when it reached the end."""
         self._introduce()
         spade, train = self.spade, self.config.train
+        self.progress.step = spade.step_count
+        self._catch_up()
+        agreement = Agreement(self.world, "stop", "cannot save")
         batches = self.loader.batches(spade.step_count, train.epochs)
-        for step in spade.train(batches):
+        for step in spade.train(self.progress.batches(batches, "training")):
+            self.progress.step = step
             self.telemetry.advance()
-            asked = stop.asked
-            stopping = asked and self.world.world_size == 1
+            agreed = agreement.exchange(stop.asked, self.saver.has_given_up())
+            if agreed["cannot save"]:
+                self.saver.fail(self.go_on)
             epoch_ends = step % spade.steps_per_epoch == 0
-            if epoch_ends or step % train.log_every == 0 or stopping:
-                stopping = self._log(step, asked)
+            if epoch_ends or step % train.log_every == 0:
+                self._log(step)
             if epoch_ends:
                 self._end_of_epoch(step // spade.steps_per_epoch)
-            elif train.checkpoint_steps and step % train.checkpoint_steps == 0 and not stopping:
+            elif train.checkpoint_steps and step % train.checkpoint_steps == 0:
                 self._save()
-            if stopping and step < spade.total_steps:
+            if agreed["stop"] and step < spade.total_steps:
+                agreement.finish()
                 self._save()
-                self._say_how_to_resume()
+                self._stop(stop.reason)
                 return False
-        self._summarize()
+        agreement.finish()
+        self._finish()
         return True
 
-    def _log(self, step: int, stop_asked: bool) -> bool:
-        """Metrics since the last time; True when any rank was asked to stop."""
-        unusable = self.loader.unusable_count()
-        metrics, (stopping, news) = self.spade.metrics(stop_asked, unusable > self._told)
-        if news:
+    def _log(self, step: int) -> None:
+        """Metrics since the last time, and whether the run can go on."""
+        metrics = self.spade.metrics()
+        if any(self.world.gather(self.loader.unusable_count() > self._told)):
             self._note_unusable(self.loader)
-            self._told = unusable
+            self._told = self.loader.unusable_count()
         metrics |= self.telemetry.speed(step, self.config.train.batch_size)
         self.telemetry.log(step, "train", metrics)
         if self.world.is_main:
             self.telemetry.say(train_line(step, self.spade, metrics))
+        self.status.running(step, self.saver.last)
+        if problem := self.saver.news():
+            self.telemetry.say(problem)
+        self._check_skipped(metrics["skipped"])
         self._check_storage(metrics["unusable"], metrics["rows"])
-        return stopping
+
+    def _check_skipped(self, skipped: float) -> None:
+        """Names the samples behind steps that were skipped; too many of them end the run."""
+        if not skipped:
+            self._recently_skipped = 0.0
+            return
+        self._recently_skipped += skipped
+        suspects = self.spade.suspects()
+        path = self.folder / "nonfinite.jsonl"
+        if self.world.is_main:
+            index = self.datasets.train.index
+            named = [asdict(s) | {"path": index.path(s.sample_id)} for s in suspects]
+            with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in named)
+            self.telemetry.say(skipped_line(skipped, named, path))
+        if self._recently_skipped > self.config.train.max_skipped:
+            raise RunFailed(
+                f"the gradients of {self._recently_skipped:.0f} steps in short order were not "
+                f"finite (train.max_skipped is {self.config.train.max_skipped}), the last before "
+                f"step {self.spade.step_count + 1:,}. {path} names their samples. The weights "
+                "are as they were before. A lower optim.lr, optim.clip_norm or train.precision "
+                f"bf16 may help; go on from an earlier checkpoint with\n    {self.go_on}"
+            )
 
     def _check_storage(self, unusable: float, rows: float) -> None:
         """Ends a run whose images are gone, on all ranks alike.
@@ -183,96 +264,115 @@ class Job:
         chance = 4 * math.sqrt(allowed * (1 - allowed) / max(rows, 1))
         if unusable > allowed + chance:
             reasons = Counter(u.reason for u in self.quarantine.found.values())
-            raise RuntimeError(
+            raise RunFailed(
                 f"{unusable:.0%} of the images since the last line of metrics could not be used "
                 f"(data.max_unusable is {allowed:.0%}), most of them because of: "
                 f"{reasons.most_common(1)[0][0]}. {self.quarantine.path} names them. Mend that and "
-                f"go on from the last checkpoint with\n"
-                f"    {launcher(self.world)} --resume {self.folder}"
+                f"go on from the last checkpoint with\n    {self.go_on}"
             )
 
+    # ---- Epochs ---------------------------------------------------------------------------------
+
     def _end_of_epoch(self, epoch: int) -> None:
-        train = self.config.train
         if self.ledger:  # every epoch: in the next one other ranks may visit these samples
             self.ledger.merge()
-        last = epoch == train.epochs
-        due = last or epoch % train.checkpoint_every == 0
-        if due:  # first of all: whatever happens in the evaluation, the epoch is kept
+        saved = epoch == self.config.train.epochs or epoch % self.config.train.checkpoint_every == 0
+        if saved:  # first of all: whatever happens in the evaluation, the epoch is kept
             self._save()
-        if last or epoch % train.evaluate_every == 0:
-            best = self._evaluate(epoch)
-            if due or best:
-                self._save(best)
+        if self._is_evaluated(epoch):
+            self._evaluate(epoch, saved, self.datasets.evaluate)
         self.telemetry.restart_clock()
 
-    def _evaluate(self, epoch: int) -> bool:
-        """Evaluates on every set; True when the first set's top-1 is the best so far."""
-        spade, best = self.spade, []
-        for name, samples in self.datasets.evaluate.items():
+    def _is_evaluated(self, epoch: int) -> bool:
+        train = self.config.train
+        return epoch == train.epochs or epoch % train.evaluate_every == 0
+
+    def _catch_up(self) -> None:
+        """An evaluation that an interrupted run owes: its checkpoint is older than that."""
+        step = self.spade.step_count
+        epoch, within = divmod(step, self.spade.steps_per_epoch)
+        if not epoch or within or not self._is_evaluated(epoch):
+            return
+        done = [name for name, row in self.scores.last.items() if row["step"] == step]
+        if owed := [name for name in self.datasets.evaluate if name not in done]:
+            self._evaluate(epoch, saved=True, names=owed)
+            self.telemetry.restart_clock()
+
+    def _evaluate(self, epoch: int, saved: bool, names: Collection[str]) -> None:
+        """Evaluates on sets; the best by top-1 on the first of all is kept as a checkpoint."""
+        spade = self.spade
+        for name in names:
+            samples = self.datasets.evaluate[name]
             loader = self._loader(name, samples, self.eval_batch_size)
             labels = torch.from_numpy(samples.labels_N).to(self.world.device)
+            batches = self.progress.batches(loader.batches(), f"evaluating on {name}")
             accuracy = evaluate(
-                spade.trained, loader, labels, spade.normalise, spade.dtype, self.world
+                spade.trained, batches, labels, spade.normalise, spade.dtype, self.world
             )
             self._note_unusable(loader)
             loader.close()
-            best.append(self.scores.add(name, accuracy, epoch))
-            self.telemetry.log(spade.step_count, f"eval/{name}", asdict(accuracy))
+            row = self.telemetry.log(
+                spade.step_count, f"{KIND}{name}", {"epoch": epoch, **asdict(accuracy)}
+            )
+            self.scores.add(row)
             self.telemetry.say(
                 f"epoch {epoch}  {name}: top-1 {accuracy.top1:.4f}  top-5 {accuracy.top5:.4f}  "
                 f"on {accuracy.images:,} images"
             )
-        return bool(best) and best[0]
+        first = next(iter(self.datasets.evaluate), None)
+        if first and self.scores.best[first]["step"] == spade.step_count:
+            if not saved:
+                self._save()
+            self.saver.mark_best(spade.step_count)
 
-    def _save(self, best: bool = False) -> None:
-        folder, spade = self.folder / "checkpoints", self.spade
-        share_buffers(spade.student, self.world)
-        if best:
-            self.scores.best_checkpoint = f"step-{spade.step_count:08d}"
-        state = {
-            "spade": spade.state(),
-            "scores": asdict(self.scores),
-            "fingerprint": self.fingerprint,
-            "ranks": self.world.world_size,
-        }
-        models, own = spade.models(), {"loss_moving_avg": spade.criterion.loss_moving_avg}
-        if self.ledger:
-            self.ledger.merge()
-            models["ledger"] = self.ledger.state_dict()
-        checkpoint.save_checkpoint(folder, spade.step_count, models, state, own, self.world)
-        if self.world.is_main:
-            keep = self.config.train.keep_checkpoints
-            checkpoint.prune(folder, keep, self.scores.best_checkpoint)
+    def _save(self) -> None:
+        """Copies what a checkpoint holds; it is written while training goes on."""
+        with self.progress.during("taking a checkpoint"):
+            spade = self.spade
+            share_buffers(spade.student, self.world)
+            state = {
+                "spade": spade.state(),
+                "fingerprint": self.fingerprint,
+                "ranks": self.world.world_size,
+            }
+            models = spade.models()
+            if self.ledger:
+                self.ledger.merge()
+                models["ledger"] = self.ledger.state_dict()
+            self.saver.save(spade.step_count, models, state, spade.own())
+
+    def _settle(self) -> None:
+        with self.progress.during("writing the last checkpoint"):
+            self.saver.settle(self.go_on)
+
+    # ---- Beginning and end ----------------------------------------------------------------------
 
     def _introduce(self) -> None:
-        say, data, spade = self.telemetry.say, self.datasets, self.spade
-        count = sum(p.numel() for p in spade.student.parameters())
-        say(
-            f"{self.config.student.name} ({count / 1e6:.1f} M parameters, {len(data.classes)} "
-            f"classes, {spade.dtype}) under curriculum {self.config.curriculum.name!r}, on "
-            f"{self.world.world_size} × {self.world.device.type}"
-        )
-        say(
-            f"{len(data.train.sample_ids):,} training samples, {spade.steps_per_epoch:,} steps an "
-            f"epoch, {spade.total_steps:,} in all; {spade.step_count:,} taken"
-        )
-        for line in (*label_notes(data), *self.notes):
-            say(line)
-        say(f"run folder: {self.folder}")
+        for line in introduction(self.config, self.spade, self.datasets):
+            self.telemetry.say(line)
+        for line in (*label_notes(self.datasets), *self.notes):
+            self.telemetry.say(line)
+        self.telemetry.say(f"run folder: {self.folder}")
+        self.status.write("running")
 
-    def _say_how_to_resume(self) -> None:
+    def _stop(self, reason: str) -> None:
+        self._settle()
+        spade = self.spade
         self.telemetry.say(
-            f"stopped after step {self.spade.step_count:,} of {self.spade.total_steps:,}; "
-            f"go on with\n    {launcher(self.world)} --resume {self.folder}"
+            f"stopped after step {spade.step_count:,} of {spade.total_steps:,}; "
+            f"go on with\n    {self.go_on}"
         )
+        reason = next(filter(None, self.world.gather(reason)), "")
+        self.status.write("stopped", reason, step=spade.step_count, checkpoint=self.saver.last)
 
     def _note_unusable(self, loader: Loader) -> None:
         """Collects what any rank had to leave out; every rank calls it."""
         for found in self.world.gather(loader.unusable()):
             self.quarantine.add(found)
 
-    def _summarize(self) -> None:
+    def _finish(self) -> None:
         self._note_unusable(self.loader)
+        self._settle()
         if not self.world.is_main:
             return
         summary = {
@@ -284,40 +384,51 @@ class Job:
             "seed": self.config.seed,
             "unusable_files": len(self.quarantine.found),
         }
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        replace_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         self.telemetry.say(self.scores.table())
+        self.status.write("finished", step=self.spade.step_count, checkpoint=self.saver.last)
+
+    def fail(self, reason: str, any_rank: bool = False) -> None:
+        """Notes that the run ended of an error; where the main rank is silent, any rank does."""
+        self.status.enabled |= any_rank
+        self.status.write("failed", reason, step=self.progress.step)
 
     def close(self) -> None:
         """Stops threads and closes files."""
         self.loader.close()
+        self.saver.close()
         self.telemetry.close()
 
 
-def _per_rank(batch_size: int, world: World, name: str) -> int:
-    if batch_size % world.world_size:
-        raise ValueError(
-            f"{name} is {batch_size}, which {world.world_size} ranks cannot share out evenly"
-        )
+def _per_rank(batch_size: int, world: World, name: str, parts: int = 1) -> int:
+    if batch_size % (world.world_size * parts):
+        among = f"{world.world_size} ranks" + (f" in {parts} parts each" if parts > 1 else "")
+        raise ValueError(f"{name} is {batch_size}, which {among} cannot share out evenly")
     return batch_size // world.world_size
 
 
-def _run_folder(config: RunConfig, world: World) -> Path:
-    if config.resume:
-        return config.resume
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path(world.from_main(str(config.out / f"{config.name}-{stamp}")))
+def _collective_timeout(train: TrainConfig) -> timedelta | None:
+    """A minute longer than the watchdog waits, which can say more."""
+    limits = train.first_step_timeout, train.step_timeout
+    return timedelta(seconds=max(limits) + 60) if all(limits) else None
 
 
 def run(config: RunConfig) -> int:
     """Runs a job on this rank.
 
     Returns:
-        The process's exit status: 0 at the end of training, 130 when stopped and resumable.
+        The process's exit status: `exit_status`.
     """
-    with distributed(config.device) as world:
-        job = Job(config, world, _run_folder(config, world))
+    with distributed(config.device, _collective_timeout(config.train)) as world:
+        job = Job(config, world, run_folder(config, world))
+        stop = StopRequest()
+        at_end = partial(job.fail, any_rank=True)
+        watchdog = Watchdog(job.progress, stop, world, at_end, job.folder)
         try:
-            with StopRequest().listening() as stop:
-                return 0 if job.run(stop) else STOPPED
+            with stop.listening(), watchdog.watching():
+                return exit_status(job.run(stop))
+        except BaseException as error:
+            job.fail(str(error) or type(error).__name__)
+            raise
         finally:
             job.close()

@@ -14,7 +14,7 @@ it cover a student's usual learning rates).
 import torch
 from torch import Tensor
 
-from mentorch.engine.criterion import count_rows
+from mentorch.engine.criterion import count_rows, gather_rows
 from mentorch.engine.objectives import regularizer
 from mentorch.engine.reweight import Reweight
 from mentorch.kernels.cross_entropy import cross_entropy
@@ -96,7 +96,10 @@ class LatentReweight(Reweight):
             x = x - out.loss_moving_avg
         v = self.sample_weights[rows]
         rate = self.weight_lr / (1 + self.visits[rows]) ** self.power
-        v = (v - rate * (x + self.regularizer.gradient(v))).clamp(0.0, 1.0)
-        self.sample_weights[rows] = v
+        moved = (v - rate * (x + self.regularizer.gradient(v))).clamp(0.0, 1.0)
+        v = moved.where(x.isfinite(), v)  # a NaN would stay
+        # On every rank: another one may have the sample in the next epoch.
+        rows = gather_rows(rows, self.group)
+        self.sample_weights[rows] = gather_rows(v, self.group)
         self.visits[rows] += 1
         return v

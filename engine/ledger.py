@@ -22,7 +22,7 @@ from mentorch.kernels.ledger import ROW_BYTES, fields, new_ledger, record, table
 from mentorch.kernels.reweight import Reweighted
 
 Columns = dict[str, NDArray[np.generic]]
-_CHUNK = 65_536  # rows a rank sends at once: 2 MB with their ids
+_CHUNK = 4_194_304  # rows that all ranks send at once: 128 MiB with their ids
 
 
 class Ledger:
@@ -55,7 +55,7 @@ class Ledger:
             return
         ids = torch.cat(self._visited)
         self._visited.clear()
-        for chunk in ids.split(_CHUNK):
+        for chunk in ids.split(max(1, _CHUNK // self.world.world_size)):
             rows = self.table[table_rows(self.table, chunk)]
             packed = torch.cat([rows, chunk.view(torch.uint8).view(-1, 8)], dim=1)
             everyones = packed.new_empty(self.world.world_size * len(chunk), packed.shape[1])

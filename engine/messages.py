@@ -1,11 +1,11 @@
 """What a run says: sentences and lines, for people."""
 
-import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from mentorch.engine.config import RunConfig
 from mentorch.engine.data.datasets import Datasets, bad_files
-from mentorch.engine.distributed import World
 from mentorch.engine.spade import Spade
 
 
@@ -17,6 +17,8 @@ def train_line(step: int, spade: Spade, metrics: dict[str, float]) -> str:
         known = f"  weight of right labels {right:.2f}, wrong {wrong:.2f}"
     unusable = metrics["unusable"]
     missing = f"  unusable {unusable:.1%}" if unusable else ""
+    if metrics["skipped"]:
+        missing += f"  skipped {metrics['skipped']:.0f} steps"
     return (
         f"step {step:,}/{spade.total_steps:,}  epoch {(step - 1) // spade.steps_per_epoch + 1}  "
         f"loss {metrics['loss']:.3f}  weighted {metrics['weighted_loss']:.3f}  "
@@ -40,9 +42,26 @@ def label_notes(data: Datasets) -> Iterator[str]:
         yield from (f"    {path}: {status}" for path, status in bad[:10])
 
 
-def launcher(world: World) -> str:
-    """How this process was started, as far as it matters for starting it again."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return f"python {sys.argv[0]}"
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return f"torchrun --nproc-per-node {ranks} {sys.argv[0]}"
+def introduction(config: RunConfig, spade: Spade, data: Datasets) -> Iterator[str]:
+    """What is trained, under which curriculum, on what."""
+    count = sum(p.numel() for p in spade.student.parameters())
+    world = spade.world
+    yield (
+        f"{config.student.name} ({count / 1e6:.1f} M parameters, {len(data.classes)} classes, "
+        f"{spade.dtype}) under curriculum {config.curriculum.name!r}, on {world.world_size} × "
+        f"{world.device.type}"
+    )
+    yield (
+        f"{len(data.train.sample_ids):,} training samples, {spade.steps_per_epoch:,} steps an "
+        f"epoch, {spade.total_steps:,} in all; {spade.step_count:,} taken"
+    )
+
+
+def skipped_line(skipped: float, named: Sequence[Mapping[str, Any]], path: Path) -> str:
+    """Steps that were left out, and the samples behind them."""
+    shown = ", ".join(f"{s['path']} (rank {s['rank']}, loss {s['loss']:.4g})" for s in named[:3])
+    more = f" and {len(named) - 3:,} more" if len(named) > 3 else ""
+    return (
+        f"gradients were not finite: {skipped:.0f} steps skipped on all ranks, because of {shown}"
+        f"{more}; {path} names them"
+    )

@@ -54,7 +54,36 @@ def create_optimizer(
             groups, config.lr, config.momentum, nesterov=config.nesterov
         )
         return apex_sgd
-    return torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov, fused=True)
+    sgd = torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov, fused=True)
+    if config.momentum:
+        # v ← μ 0 + g is what SGD does at its first step anyway; but if that step is skipped, it
+        # leaves buffers behind that nobody has written to.
+        for group in sgd.param_groups:
+            for parameter in group["params"]:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
+
+
+def step_unless(
+    skip: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> None:
+    """Takes the optimiser's step, or leaves everything as it is; only the loss scale may shrink.
+
+    Args:
+        skip: 0-d bool on the device. torch's fused optimisers read it there; for apex's, which
+            cannot, the host waits.
+        optimizer: gradients unscaled.
+        scaler: of the loss; switched off for anything but fp16.
+    """
+    if scaler.is_enabled():  # its own check has found the same as ours
+        scaler.step(optimizer)
+        scaler.update()
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = skip.to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
+    elif not bool(skip):
+        optimizer.step()
 
 
 def learning_rate(config: OptimConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

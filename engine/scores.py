@@ -1,25 +1,37 @@
 """What a run has reached: last and best accuracy on each validation set."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from mentorch.engine.evaluate import Accuracy
+KIND = "eval/"
+"""Heading of an evaluation among the metrics, before the set's name."""
 
 
 @dataclass
 class Scores:
-    """Last and best accuracy on each validation set."""
+    """Last and best accuracy on each validation set, made from the lines of metrics."""
 
-    last: dict[str, dict[str, float]] = field(default_factory=dict)
-    best: dict[str, dict[str, float]] = field(default_factory=dict)
-    best_checkpoint: str | None = None
+    last: dict[str, dict[str, Any]] = field(default_factory=dict)
+    best: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def add(self, name: str, accuracy: Accuracy, epoch: int) -> bool:
-        """Notes a result; True when it is the best of its set so far."""
-        row = {"epoch": epoch, **asdict(accuracy)}
-        self.last[name] = row
-        if name in self.best and accuracy.top1 <= self.best[name]["top1"]:
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Any]]) -> "Scores":
+        """From lines of metrics, in order; those of other kinds do not matter."""
+        scores = cls()
+        for row in rows:
+            if row["kind"].startswith(KIND):
+                scores.add(row)
+        return scores
+
+    def add(self, row: Mapping[str, Any]) -> bool:
+        """Notes a line of metrics; True when it is the best of its set so far."""
+        name = row["kind"].removeprefix(KIND)
+        kept = {key: value for key, value in row.items() if key != "kind"}
+        self.last[name] = kept
+        if name in self.best and kept["top1"] <= self.best[name]["top1"]:
             return False
-        self.best[name] = row
+        self.best[name] = kept
         return True
 
     def table(self) -> str:

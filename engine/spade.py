@@ -4,6 +4,7 @@ The numbers in the comments are the algorithm's lines.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,13 +18,17 @@ from mentorch.engine.criteria import IGNORED
 from mentorch.engine.criterion import Criterion
 from mentorch.engine.data.pipelines import Batch
 from mentorch.engine.distributed import World
+from mentorch.engine.guard import StepGuard, Suspect
 from mentorch.engine.optim import (
     add_weight_decay,
     create_optimizer,
     learning_rate,
     set_learning_rate,
+    step_unless,
 )
+from mentorch.engine.parallel import replicate, synchronise_batch_norms
 from mentorch.engine.student import autocast_dtype, forward
+from mentorch.engine.watchdog import Progress
 from mentorch.kernels.reweight import Reweighted
 
 Observer = Callable[[Tensor, Tensor, Tensor, Reweighted], None]
@@ -33,7 +38,8 @@ criterion found."""
 USED = 0.001  # a weight above this counts as used, as in the released code's data utilisation
 # Sums over samples, then the counts they are divided by.
 SUMS = ("loss", "weighted_loss", "mean_weight", "data_utilization", "weight_right", "weight_wrong")
-COUNTS = ("samples", "right", "wrong", "rows")
+COUNTS = ("samples", "right", "wrong", "labelled", "rows")
+OF_STEPS = ("grad_norm", "steps", "skipped")  # the same on every rank
 
 
 class Spade:
@@ -48,7 +54,8 @@ class Spade:
         clean_labels_N: likewise the labels known to be right; -1 where unknown. For metrics only.
         steps_per_epoch: of the loader.
         world: the ranks.
-        observers: called after every step.
+        observers: called after every step, and every part of one where gradients accumulate.
+        progress: told of what may take long.
     """
 
     def __init__(
@@ -62,17 +69,20 @@ class Spade:
         steps_per_epoch: int,
         world: World,
         observers: Sequence[Observer] = (),
+        progress: Progress | None = None,
     ) -> None:
         self.config, self.world = config, world
         self.labels_N, self.clean_labels_N = labels_N, clean_labels_N
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = steps_per_epoch * config.train.epochs
         self.dtype = autocast_dtype(config.train.precision, world.device)
-        self.student = student
+        self.student = synchronise_batch_norms(student, config.parallel, world)
+        self.guard = StepGuard(self.student)
         torch.manual_seed(config.seed + world.rank)  # each rank its own dropout
-        self.replica = self._replicate()
+        accumulates = config.train.accumulate > 1
+        self.replica = replicate(self.student, config.parallel, world, accumulates)
         self.normalise, self.criterion = normalise, criterion
-        self.observers = observers
+        self.observers, self.progress = observers, progress or Progress()
         self.optimizer = create_optimizer(config.optim, self.student, criterion)
         self.scaler = torch.amp.GradScaler(
             world.device.type, enabled=self.dtype == torch.float16, init_scale=2.0**12
@@ -82,13 +92,7 @@ class Spade:
         self.step_count = 0  # t
         sums = len(SUMS) + len(COUNTS)
         self._sums = torch.zeros(sums, dtype=torch.float64, device=world.device)
-
-    def _replicate(self) -> nn.Module:
-        """The student with its gradients averaged over the ranks."""
-        if self.world.world_size == 1:
-            return self.student
-        devices = [self.world.device] if self.world.device.type == "cuda" else None
-        return DistributedDataParallel(self.student, device_ids=devices)
+        self._of_steps = self._sums.new_zeros(len(OF_STEPS))
 
     @property
     def trained(self) -> nn.Module:
@@ -107,40 +111,67 @@ class Spade:
         self.replica.train()
         self.criterion.train()
         for batch in batches:  # lines 2 and 3: the loader's order is uniformly random
-            self.criterion.update_curriculum(self.step_count)  # lines 5 to 7
             self._step(batch)
             self.step_count += 1  # line 13
             yield self.step_count
 
     def _step(self, batch: Batch) -> None:
-        labels = self.labels_N[batch.sample_ids.clamp(min=0)]
-        labels = labels.masked_fill(batch.sample_ids < 0, IGNORED)
-        images = self.normalise(batch.images)
-        logits = forward(self.replica, images, self.dtype)  # line 4
-        out = self.criterion.weigh(logits, labels, batch.sample_ids)  # lines 8 to 11: v
-        self._update(out, labels)  # line 12: w ← w − α ∇F
-        self._count(out, labels, self.clean_labels_N[batch.sample_ids.clamp(min=0)])
-        for observe in self.observers:
-            observe(batch.sample_ids, logits.detach(), labels, out)
-
-    def _update(self, out: Reweighted, labels: Tensor) -> None:
-        optim = self.config.optim
-        set_learning_rate(self.optimizer, self.lr)
+        self.guard.begin()
         for parameter in self._parameters():
             parameter.grad = None  # what zero_grad does, which apex's optimisers define differently
-        self.scaler.scale(out.loss).backward()
+        parts = self.config.train.accumulate
+        trust = self._sums.new_zeros(2)  # Σ v and the number of samples
+        for part in range(parts):
+            images, sample_ids = (rows.chunk(parts)[part] for rows in batch)
+            with self._exchange_gradients(last=part == parts - 1):
+                trust += self._backward(images, sample_ids, self.step_count * parts + part)
+        self._update(trust)  # line 12: w ← w − α ∇F
+
+    def _exchange_gradients(self, last: bool) -> AbstractContextManager[None]:
+        """Ranks exchange gradients once a step: in the backward pass of its last part."""
+        if isinstance(self.replica, DistributedDataParallel) and not last:
+            return self.replica.no_sync()
+        return nullcontext()
+
+    def _backward(self, images: Tensor, sample_ids: Tensor, call: int) -> Tensor:
+        """Gradients of a batch, or of a part of one; returns Σ v and the number of samples."""
+        if self.criterion.learns_at(call):
+            with self.progress.during("learning the curriculum"):
+                self.criterion.update_curriculum(call)  # lines 5 to 7
+        labels = self.labels_N[sample_ids.clamp(min=0)].masked_fill(sample_ids < 0, IGNORED)
+        logits = forward(self.replica, self.normalise(images), self.dtype)  # line 4
+        out = self.criterion.weigh(logits, labels, sample_ids)  # lines 8 to 11: v
+        parts = self.config.train.accumulate
+        loss = out.loss if parts == 1 else out.loss / parts  # untouched, it saves a launch
+        self.scaler.scale(loss).backward()
+        self._count(out, labels, self.clean_labels_N[sample_ids.clamp(min=0)])
+        self.guard.note(self.step_count, sample_ids, out.sample_loss)
+        for observe in self.observers:
+            observe(sample_ids, logits.detach(), labels, out)
+        return torch.stack([out.sample_weight.sum(), (labels != IGNORED).sum()])
+
+    def _update(self, trust: Tensor) -> None:
+        optim = self.config.optim
+        set_learning_rate(self.optimizer, self.lr)
         self._average_own_gradients()
-        if optim.clip_norm or optim.scale_weight_decay:
-            self.scaler.unscale_(self.optimizer)
-        if optim.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.clip_norm)
+        self.scaler.unscale_(self.optimizer)
+        norm = self._clip(optim.clip_norm)
+        finite = norm.isfinite()
         if optim.scale_weight_decay:
-            sums = torch.stack([out.sample_weight.sum(), (labels != IGNORED).sum()])
-            add_weight_decay(self.student, optim.weight_decay, sums, self.world.world_size)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+            add_weight_decay(self.student, optim.weight_decay, trust, self.world.world_size)
+        step_unless(~finite, self.optimizer, self.scaler)
         if self.average:
             self.average.update(self.student, step=self.step_count + 1)
+        self.guard.end(self.step_count, finite)
+        self._of_steps += torch.stack([norm.where(finite, 0), torch.ones_like(norm), ~finite])
+
+    def _clip(self, largest: float) -> Tensor:
+        """The norm of all gradients, 0-d, before those of the student are scaled down."""
+        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if largest:
+            torch.nn.utils.clip_grads_with_norm_(self.student.parameters(), largest, norm)
+        return norm
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         yield from self.student.parameters()
@@ -156,13 +187,15 @@ class Spade:
 
     @torch.no_grad()
     def _count(self, out: Reweighted, labels: Tensor, clean_labels: Tensor) -> None:
-        """Adds the step to the sums behind the metrics, on the device."""
-        weight, valid = out.sample_weight, labels != IGNORED
+        """Adds a batch to the sums behind the metrics, on the device."""
+        valid = (labels != IGNORED) & out.sample_loss.isfinite() & out.sample_weight.isfinite()
+        loss = out.sample_loss.masked_fill(~valid, 0.0)
+        weight = out.sample_weight.masked_fill(~valid, 0.0)
         right = valid & (clean_labels == labels)
         wrong = valid & (clean_labels != labels) & (clean_labels >= 0)
         parts = [
-            out.sample_loss.sum(),
-            (weight * out.sample_loss).sum(),
+            loss.sum(),
+            (weight * loss).sum(),
             weight.sum(),
             (weight > USED).sum(),
             (weight * right).sum(),
@@ -170,26 +203,22 @@ class Spade:
             valid.sum(),
             right.sum(),
             wrong.sum(),
+            (labels != IGNORED).sum(),
             torch.ones_like(valid).sum(),
         ]
         self._sums += torch.stack([part.to(torch.float64) for part in parts])
 
-    def metrics(self, *flags: bool) -> tuple[dict[str, float], list[bool]]:
-        """Means since the last call over all ranks; the only point at which the host waits.
-
-        Args:
-            flags: what this rank has to tell the others.
-
-        Returns:
-            The metrics, and of each flag whether it is up on any rank.
-        """
-        sums = torch.cat([self._sums, self._sums.new_tensor([float(flag) for flag in flags])])
+    def metrics(self) -> dict[str, float]:
+        """Means since the last call over all ranks; the only point at which the host waits."""
+        sums = self._sums.clone()
         if self.world.world_size > 1:
             dist.all_reduce(sums)
-        values = sums.tolist()
-        totals, counts = values[: len(SUMS)], values[len(SUMS) : len(self._sums)]
-        samples, right, wrong, rows = counts
+        values = torch.cat([sums, self._of_steps]).tolist()
+        totals, counts = values[: len(SUMS)], values[len(SUMS) : len(sums)]
+        samples, right, wrong, labelled, rows = counts
+        norm, steps, skipped = values[len(sums) :]
         self._sums.zero_()
+        self._of_steps.zero_()
         divisors = [max(samples, 1)] * 4 + [right, wrong]
         metrics = {
             name: total / count
@@ -197,10 +226,20 @@ class Spade:
             if count  # without known clean labels there are no right and wrong ones
         }
         metrics["loss_moving_avg"] = float(self.criterion.loss_moving_avg)
+        metrics["grad_norm"] = norm / max(steps - skipped, 1)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
         metrics["rows"] = rows
-        metrics["unusable"] = 1 - samples / max(rows, 1)  # share of rows without an image
-        return metrics, [total > 0 for total in values[len(self._sums) :]]
+        metrics["unusable"] = 1 - labelled / max(rows, 1)  # share of rows without an image
+        metrics["skipped"] = skipped  # steps whose gradients were not finite
+        if not skipped:
+            self.guard.forget()
+        return metrics
+
+    def suspects(self) -> list[Suspect]:
+        """The samples behind steps that `metrics` has just called skipped; all ranks call it."""
+        found = self.guard.suspects(self.world)
+        self.guard.forget()
+        return found
 
     def models(self) -> dict[str, dict[str, Tensor]]:
         """The weights a checkpoint holds."""
@@ -210,19 +249,33 @@ class Spade:
         return models
 
     def state(self) -> dict[str, Any]:
-        """Everything else a checkpoint holds."""
+        """Everything else a checkpoint holds that all ranks share; all of them call it."""
+        sums = self._sums.clone()
+        if self.world.world_size > 1:
+            dist.all_reduce(sums)
         return {
             "step": self.step_count,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "criterion": self.criterion.state_dict(),
-            "sums": self._sums,
+            "sums": sums,
+            "of_steps": self._of_steps,
         }
+
+    def own(self) -> dict[str, Tensor]:
+        """What is this rank's alone: a local ℓ_pt, its part of the sums behind the metrics."""
+        return {"loss_moving_avg": self.criterion.loss_moving_avg, "sums": self._sums}
 
     def load(
         self, models: dict[str, dict[str, Tensor]], state: dict[str, Any], own: dict[str, Tensor]
     ) -> None:
-        """Puts back what `models` and `state` gave, and the rank's own ℓ_pt if it had one."""
+        """Puts back what `models`, `state` and `own` gave.
+
+        Args:
+            models: the weights.
+            state: the rest.
+            own: this rank's; empty where the number of ranks is another one now.
+        """
         self.student.load_state_dict(models["model"])
         if self.average:
             self.average.module.load_state_dict(models["average"])
@@ -236,5 +289,9 @@ class Spade:
         self.criterion.load_state_dict(state["criterion"])
         if "loss_moving_avg" in own:
             self.criterion.loss_moving_avg.copy_(own["loss_moving_avg"])
-        self._sums.copy_(state["sums"])
+        if "sums" in own:
+            self._sums.copy_(own["sums"])
+        elif self.world.is_main:
+            self._sums.copy_(state["sums"])
+        self._of_steps.copy_(state["of_steps"])
         self.step_count = state["step"]

@@ -1,10 +1,16 @@
 """StudentNets (g_s): models of timm's registry by name, ready to train."""
 
 import inspect
+import pickle
+import warnings
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mentorch.engine.config import Precision, StudentConfig
@@ -18,18 +24,23 @@ def create_student(
     in_chans: int = 3,
     img_size: int | None = None,
 ) -> nn.Module:
-    """A student with fresh weights.
+    """A student with fresh weights, or with those of ``config.weights``.
 
     Args:
-        config: which model.
+        config: which model, and what it starts from.
         num_classes: width of its classifier.
         device: where it shall live.
         in_chans: channels of the images.
         img_size: side of the images, pixels. Only those of our students that depend on it are told
             it; None leaves them at their own.
 
+    Warns:
+        UserWarning: the classifier is left fresh, because the one in the file has another width.
+
     Raises:
-        ValueError: there is no such model; the message has the nearest names.
+        FileNotFoundError: no such file of weights.
+        ValueError: there is no such model, the message has the nearest names; or weights that do
+            not fit it, or that reading would run code for.
     """
     if not timm.is_model(config.name):
         raise ValueError(_unknown(config.name))
@@ -40,6 +51,8 @@ def create_student(
     if img_size is not None and "img_size" in named:
         arguments["img_size"] = img_size
     student: nn.Module = timm.create_model(config.name, pretrained=False, **arguments)
+    if config.weights:
+        load_weights(student, config.weights)
     student.to(device)
     if config.channels_last:
         student.to(memory_format=torch.channels_last)
@@ -52,6 +65,106 @@ def _unknown(name: str) -> str:
         f"there is no model {name!r}. Near it: {', '.join(dict.fromkeys(near[:8])) or 'nothing'}; "
         f"timm.list_models() lists timm's, and ours are {', '.join(STUDENTS)}"
     )
+
+
+def load_weights(student: nn.Module, path: Path) -> None:
+    """Starts a student from the weights in a file; see `create_student`.
+
+    Args:
+        student: a model of timm's registry.
+        path: .safetensors, or a state dict in .pt, .pth or .pth.tar, perhaps under "state_dict" or
+            "model", its names perhaps under "module.".
+    """
+    found, wanted = read_weights(path), student.state_dict()
+    classifiers = _classifiers(student)
+    fresh = [name for name in wanted if name.rpartition(".")[0] in classifiers]
+    if not all(_differs_in_width(found.get(name), wanted[name]) for name in fresh):
+        fresh = []
+    widths = [len(found.pop(name)) for name in fresh if name in found]
+    _check_weights(path, found, {name: v for name, v in wanted.items() if name not in fresh})
+    student.load_state_dict(found, strict=False)  # all but a fresh classifier: checked above
+    if fresh:
+        warnings.warn(
+            f"{path}: its classifier is for {widths[0] if widths else 0} classes, not "
+            f"{len(wanted[fresh[0]])}: the student's stays fresh",
+            stacklevel=3,
+        )
+
+
+def _classifiers(student: nn.Module) -> set[str]:
+    """Names of the modules that give the logits: as timm says, or else the last one."""
+    named = getattr(student, "default_cfg", {}).get("classifier")
+    if named is None:
+        named = list(student.state_dict())[-1].rpartition(".")[0]
+    return {named} if isinstance(named, str) else set(named)
+
+
+def _differs_in_width(found: Tensor | None, wanted: Tensor) -> bool:
+    if found is None:
+        return True  # a file without a classifier
+    same_kind = found.ndim == wanted.ndim and found.shape[1:] == wanted.shape[1:]
+    return same_kind and len(found) != len(wanted)
+
+
+def _check_weights(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in wanted]
+    problems += [
+        f"{name} is {list(found[name].shape)}, not {list(value.shape)}"
+        for name, value in wanted.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            f"{path} has not the weights of this student: {'; '.join(problems[:5])}{more}. Give "
+            "weights of the same student.name (and size of images), or none"
+        )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from a file, without running code that is in it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a state dict, or one with more in it than tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of weights {path} (student.weights)")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from error
+    if not path.name.endswith((".pt", ".pth", ".pth.tar")):
+        raise ValueError(f"{path}: weights are .safetensors, .pt, .pth or .pth.tar files")
+    state = _torch_load(path)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    tensors = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
+    if not tensors or not state:
+        raise ValueError(
+            f"{path} holds no state dict, neither itself nor under 'state_dict' or 'model': save "
+            "model.state_dict()"
+        )
+    return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+
+def _torch_load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file raises, its contents decide
+        reason = str(error)
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in reason:
+            wanted = reason[reason.index("GLOBAL") :].split(" was not")[0][:100]
+            raise ValueError(
+                f"{path} was refused: reading it would have run code that it names ({wanted}). If "
+                "you trust where it is from, save just its state dict, as .safetensors"
+            ) from error
+        raise ValueError(
+            f"{path} cannot be read as a state dict ({type(error).__name__}: {reason[:200]})"
+        ) from error
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype:

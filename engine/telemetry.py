@@ -1,6 +1,8 @@
 """What a run tells: its folder, its metrics (JSON lines, TensorBoard), its progress on screen."""
 
+import contextlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import mentorch
+from mentorch.engine.files import replace_text
 
 _PACKAGES = (
     "torch", "triton", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120",
@@ -68,12 +71,17 @@ class Telemetry:
     def __init__(self, folder: Path, enabled: bool, start_step: int, total_steps: int) -> None:
         self.enabled = enabled
         self.total_steps = total_steps
+        self.kept: list[dict[str, Any]] = []
+        """Lines of metrics that a run which goes on has written before."""
         if not enabled:
             return
         self._path = folder / "metrics.jsonl"
-        self._drop_after(start_step)
-        self._file = self._path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self.kept = self._drop_after(start_step)
+        self._file = self._path.open("ab", buffering=0)
+        self._unwritten: list[bytes] = []
+        self._board: SummaryWriter | None = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=start_step + 1
+        )
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -83,15 +91,20 @@ class Telemetry:
         )
         self._time, self._step = time.monotonic(), start_step
 
-    def _drop_after(self, step: int) -> None:
-        if self._path.is_file():
-            lines = self._path.read_text().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("}\n")]  # a crash may cut the last
-            self._path.write_text("".join(x for x in whole if json.loads(x)["step"] <= step))
+    def _drop_after(self, step: int) -> list[dict[str, Any]]:
+        """Takes later lines out of the file, and one that a crash has cut; returns the others."""
+        if not self._path.is_file():
+            return []
+        lines = self._path.read_text().splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("}\n")]
+        kept = [row for row in rows if row["step"] <= step]
+        replace_text(self._path, "".join(map(_line, kept)))
+        return kept
 
     def restart_clock(self) -> None:
         """Leaves what happened since the last line of metrics (an evaluation) out of the speed."""
-        self._time = time.monotonic()
+        if self.enabled:
+            self._time = time.monotonic()
 
     def speed(self, step: int, images_per_step: int) -> dict[str, float]:
         """Images a second and seconds left, since the last call."""
@@ -103,13 +116,50 @@ class Telemetry:
         left = (self.total_steps - step) * seconds / max(steps, 1)
         return {"images_per_s": steps * images_per_step / seconds, "eta_s": left}
 
-    def log(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
-        """Writes metrics of a step under a heading ("train", "eval/…")."""
-        if not self.enabled:
+    def log(self, step: int, kind: str, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """Writes metrics of a step under a heading ("train", "eval/…"); returns the line.
+
+        While the disk is full lines are kept, and written when there is room again.
+        """
+        row = {"step": step, "kind": kind, **metrics}
+        if self.enabled:
+            self._unwritten.append(_line(row).encode())
+            self._write()
+            self._to_board(step, kind, metrics)
+        return row
+
+    def _write(self) -> None:
+        while self._unwritten:
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                written = self._file.write(self._unwritten[0])
+            except OSError as error:
+                self._say_once(f"{self._path} cannot be written for now: {error}")
+                return
+            if written < len(self._unwritten[0]):  # no half lines
+                self._file.truncate(end)
+                self._say_once(f"{self._path} cannot be written for now: no space left")
+                return
+            self._unwritten.pop(0)
+
+    def _to_board(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
+        if self._board is None:
             return
-        self._file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            for name, value in metrics.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:  # its writing thread has died of it, for good
+            self._board = None
+            self.say(f"no TensorBoard from here: {error}; metrics.jsonl goes on")
+
+    def _say_once(self, text: str) -> None:
+        if len(self._unwritten) == 1:
+            self.say(text)
+
+    def to_disk(self) -> None:
+        """What is written so far survives a power cut; a checkpoint relies on it."""
+        if self.enabled:
+            os.fsync(self._file.fileno())
 
     def advance(self, steps: int = 1) -> None:
         """Moves the progress bar."""
@@ -126,5 +176,12 @@ class Telemetry:
         """Flushes everything."""
         if self.enabled:
             self._bar.close()
+            self._write()
             self._file.close()
-            self._board.close()
+            if self._board is not None:
+                with contextlib.suppress(OSError):
+                    self._board.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row) + "\n"

@@ -3,7 +3,11 @@ import torch
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu are skipped where there is none; `pytest -m gpu` runs just them."""
+    """Slow tests come first, so that no worker waits at the end for another's long one.
+
+    Tests marked gpu are skipped where there is none; `pytest -m gpu` runs just them.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -216,10 +216,11 @@ def run_experiment(
     for step in spade.train(loader.batches(0, config.train.epochs)):
         if step % spade.steps_per_epoch:
             continue
-        metrics, _ = spade.metrics()
+        metrics = spade.metrics()
         accuracy = evaluate(
-            spade.trained, judge, data.held_out_labels, spade.normalise, spade.dtype, world
-        )
+            spade.trained, judge.batches(), data.held_out_labels, spade.normalise, spade.dtype,
+            world,
+        )  # fmt: skip
         found = {"top1": accuracy.top1, **metrics, **log.snapshot(step // spade.steps_per_epoch)}
         for name, value in found.items():
             curves.setdefault(name, []).append(value)

@@ -105,7 +105,23 @@ def _line(sample_ids: Ids, shard: NDArray[np.int32], seed: int, epoch: int) -> I
     return np.roll(line, -((int(word) * len(line)) >> 32))
 
 
-def rank_batches(order: Ids, batch_size: int, rank: int, world_size: int, drop_last: bool) -> Ids:
+def batches_in(samples: int, global_batch: int, drop_last: bool) -> int:
+    """Steps of an epoch.
+
+    Raises:
+        ValueError: fewer samples than one global batch, with ``drop_last``; or none.
+    """
+    steps = samples // global_batch if drop_last else -(-samples // global_batch)
+    if steps == 0:
+        raise ValueError(
+            f"{samples} samples do not fill one batch of {global_batch}; use a smaller batch"
+        )
+    return steps
+
+
+def rank_batches(
+    order: Ids, batch_size: int, rank: int, world_size: int, drop_last: bool, parts: int = 1
+) -> Ids:
     """A rank's batches of an epoch.
 
     Args:
@@ -116,6 +132,8 @@ def rank_batches(order: Ids, batch_size: int, rank: int, world_size: int, drop_l
         drop_last: leave out the samples that do not fill a global batch; otherwise the last one is
             filled up with `PADDING`, so that every rank has equally many steps and no sample comes
             twice.
+        parts: that a step takes its batch in, one after another: each is a slice of the order, of
+            which a rank has its part.
 
     Returns:
         [steps, batch_size] sample ids.
@@ -124,12 +142,9 @@ def rank_batches(order: Ids, batch_size: int, rank: int, world_size: int, drop_l
         ValueError: fewer samples than one global batch, with ``drop_last``.
     """
     global_batch = batch_size * world_size
-    steps = len(order) // global_batch if drop_last else -(-len(order) // global_batch)
-    if steps == 0:
-        raise ValueError(
-            f"{len(order)} samples do not fill one batch of {global_batch}; use a smaller batch"
-        )
+    steps = batches_in(len(order), global_batch, drop_last)
     padded = np.full(steps * global_batch, PADDING, dtype=np.int64)
     taken = min(len(order), len(padded))
     padded[:taken] = order[:taken]
-    return padded.reshape(steps, world_size, batch_size)[:, rank]
+    of_ranks = padded.reshape(steps, parts, world_size, batch_size // parts)
+    return of_ranks[:, :, rank].reshape(steps, batch_size)

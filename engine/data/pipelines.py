@@ -24,6 +24,7 @@ from mentorch.engine.data.index import Index
 from mentorch.engine.data.order import (
     Ids,
     Streams,
+    batches_in,
     rank_batches,
     shuffled,
     streamed,
@@ -32,6 +33,8 @@ from mentorch.engine.data.order import (
 from mentorch.engine.data.quarantine import Unusable
 from mentorch.engine.data.source import BatchSource, EncodedBatch
 from mentorch.engine.distributed import World
+
+_ROWS_HASHED = 4_000_000
 
 
 class Batch(NamedTuple):
@@ -55,6 +58,7 @@ class Loader:
         world: which rank this is, and its device.
         name: of the set, for the list of files that are left out.
         refused: samples that DALI is known to refuse, and why.
+        parts: that every batch is used in, one after another.
 
     Raises:
         ValueError: fewer samples than one global batch.
@@ -72,6 +76,7 @@ class Loader:
         world: World | None = None,
         name: str = "train",
         refused: Mapping[int, str] | None = None,
+        parts: int = 1,
     ) -> None:
         self.index, self.sample_ids = index, sample_ids
         self.name = name
@@ -79,8 +84,10 @@ class Loader:
         self.config = config
         self.train = train
         self.seed = seed
+        self.parts = parts
         self.world = world or World()
-        self.steps_per_epoch = len(self._epoch(0))
+        samples, size = len(sample_ids), batch_size * self.world.world_size
+        self.steps_per_epoch = batches_in(samples, size, drop_last=train)
         self._source = BatchSource(index, self._cut, config.read_threads, config.read_ahead)
         self._source.refused |= refused or {}
 
@@ -88,7 +95,8 @@ class Loader:
         """This rank's batches of an epoch, [steps, B] sample ids."""
         world = self.world
         order = self._order(epoch)
-        return rank_batches(order, self.batch_size, world.rank, world.world_size, self.train)
+        size, rank, ranks = self.batch_size, world.rank, world.world_size
+        return rank_batches(order, size, rank, ranks, self.train, self.parts)
 
     def _order(self, epoch: int) -> Ids:
         """The samples of an epoch over all ranks, in order."""
@@ -219,9 +227,14 @@ def digest(*arrays: Any) -> str:
 
 
 def _buffers(strings: pa.ChunkedArray) -> list[pa.Buffer]:
-    """Offsets and characters of a column without nulls."""
-    buffers: list[pa.Buffer] = strings.combine_chunks().buffers()
-    return buffers[1:]
+    """Offsets and characters of a column without nulls, in chunks that follow from its length only.
+
+    In one piece they would be limited to 2 GiB of text, which is some 70 million paths.
+    """
+    found: list[pa.Buffer] = []
+    for start in range(0, len(strings), _ROWS_HASHED):
+        found += pa.concat_arrays(strings.slice(start, _ROWS_HASHED).chunks).buffers()[1:]
+    return found
 
 
 class Normalise(nn.Module):

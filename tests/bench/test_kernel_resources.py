@@ -3,8 +3,10 @@ possible. No GPU is needed. Interpreted kernels do not compile: the tool runs in
 
 import json
 import os
+import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,12 @@ import pytest
 TOOL = Path(__file__).parents[2] / "bench" / "kernel_resources.py"
 
 
-def compiled(arch, only):
+def compiled(archs, patterns):
+    """Every case in whose name one of the patterns is found, for every chip: in one process."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    chips = [option for arch in archs for option in ("--arch", str(arch))]
     run = subprocess.run(
-        [sys.executable, TOOL, "--json", "--arch", str(arch), "--only", only],
+        [sys.executable, TOOL, "--json", *chips, "--only", "|".join(patterns)],
         env=environment,
         capture_output=True,
         text=True,
@@ -24,38 +28,40 @@ def compiled(arch, only):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     found = [json.loads(line) for line in run.stdout.splitlines()]
-    assert found, f"no case matches {only!r}"
+    for arch, pattern in product(archs, patterns):
+        seen = (f["arch"] == arch and re.search(pattern, f["case"]) for f in found)
+        assert any(seen), f"no case matches {pattern!r} for sm_{arch}"
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arch", "only"),
+    ("archs", "patterns"),
     [
         # A cold compiler cache makes each case cost seconds: fp16 loads like bf16, the forms of the
         # fused step are tried on one size, the sizes on one form. The tool itself does them all.
-        (90, "cross_entropy .*(bf16|fp32)"),
-        (90, "reweight linear.*, one line bf16"),
-        (90, "reweight mentornet.*, one line bf16"),
-        (90, "reweight mentornet(, .*)?, (chunks|wide row|long) bf16"),
-        (90, "gathered losses"),
-        (90, "percentile"),
-        (90, "ledger (tiny|ragged|chunks) (bf16|fp32)"),
-        (80, "mentornet, one line"),  # the other chips: that everything they lack is avoided
-        (100, "mentornet, one line"),
-        (80, "cross_entropy ragged"),
-        (100, "cross_entropy ragged"),
-        (80, "ledger ragged bf16"),
-        (100, "ledger ragged bf16"),
+        ([90], ["cross_entropy .*(bf16|fp32)", "ledger (tiny|ragged|chunks) (bf16|fp32)"]),
+        (
+            [90],
+            [
+                "reweight linear.*, one line bf16",
+                "reweight mentornet.*, one line bf16",
+                "reweight mentornet(, .*)?, (chunks|wide row|long) bf16",
+                "gathered losses",
+                "percentile",
+            ],
+        ),
+        # The other chips: that everything they lack is avoided.
+        ([80, 100], ["mentornet, one line", "cross_entropy ragged", "ledger ragged bf16"]),
     ],
 )
-def test_no_spills_and_whole_lines(arch, only):
+def test_no_spills_and_whole_lines(archs, patterns):
     import triton
 
     # Triton 3.6 keeps a value or two of three kernels in local memory; newer ones none.
     allowed = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 4
-    for found in compiled(arch, only):
-        what = f"{found['case']} on sm_{arch}: {found}"
+    for found in compiled(archs, patterns):
+        what = f"{found['case']} on sm_{found['arch']}: {found}"
         assert found["spills"] <= allowed, what
         # Triton 3.4 to 3.8 put no barrier there of themselves: a race on a GPU, unseen elsewhere.
         assert found["released"] in (True, None), what

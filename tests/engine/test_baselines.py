@@ -1,15 +1,11 @@
 """Each baseline against its paper's formula in float64, written out naively."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 
 from mentorch.engine.baselines import Bootstrap, GeneralisedCrossEntropy, NoiseLayer
+from mentorch.engine.distributed import distributed
 from mentorch.engine.reweight import Reweight
 
 B, C = 7, 5  # more rows than classes, an odd number of both
@@ -172,30 +168,17 @@ def _gradients(criterion, rows):
     return {"logits": leaf.grad.contiguous(), **own}
 
 
-def be_a_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    rows = slice(0, 3) if rank == 0 else slice(3, B)  # 2 and 4 valid rows
-    criterion = NoiseLayer(C, group=dist.group.WORLD)
-    save_file(_gradients(criterion, rows), folder / f"{rank}.safetensors")
-    dist.destroy_process_group()
+def be_a_rank():
+    with distributed("cpu") as world:
+        rows = slice(0, 3) if world.rank == 0 else slice(3, B)  # 2 and 4 valid rows
+        return _gradients(NoiseLayer(C, group=dist.group.WORLD), rows)
 
 
-def test_the_mean_is_over_the_rows_of_all_ranks(tmp_path):
-    command = [sys.executable, __file__, str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
-    try:
-        assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+def test_the_mean_is_over_the_rows_of_all_ranks(ranks):
+    first, second = ranks(be_a_rank).results()
     whole = _gradients(NoiseLayer(C), slice(None))
     # Averaging over the ranks is what DDP does, and the engine with the criterion's own.
     of_logits = torch.cat([first["logits"], second["logits"]]) / 2
     assert torch.allclose(of_logits, whole["logits"], rtol=1e-5)
     own = (first["transition_logits"] + second["transition_logits"]) / 2
     assert torch.allclose(own, whole["transition_logits"], rtol=1e-4, atol=1e-7)
-
-
-if __name__ == "__main__":
-    be_a_rank(int(sys.argv[2]), Path(sys.argv[1]))

@@ -1,12 +1,7 @@
 """MentorNet DD: what is logged, what is learned from it, and when."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
 
 from mentorch.engine.criteria import choose_trusted
 from mentorch.engine.curricula import resolve_curriculum
@@ -220,28 +215,6 @@ def test_ids_are_needed():
         _criterion()(torch.randn(2, 3), torch.tensor([0, 1]))
 
 
-def be_a_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    log = VisitLog(_trusted(), N, visits=2)
-    _record(log, [3], [0.1 + rank], 2 * rank)
-    _record(log, [7 if rank else 3], [0.5 + rank], 2 * rank + 1)
-    latest = log.latest(dist.group.WORLD)
-    assert latest[0, :, 0].tolist() == pytest.approx([0.5, 1.1])  # of the visits at 0, 1 and 2
-    assert latest[1, 1, 0].item() == pytest.approx(1.5)
-    assert latest[1, 0].isnan().all()
-    dist.destroy_process_group()
-
-
-def test_the_log_of_two_ranks_is_one(tmp_path):
-    command = [sys.executable, __file__, str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
-    try:
-        assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
-
-
 def test_d_prime_is_drawn_from_known_labels_by_the_seed():
     labels = torch.arange(100) % 5
     clean = torch.where(
@@ -278,7 +251,3 @@ def test_a_learned_mentornet_is_like_any_other(tmp_path):
     loaded = MentorNet.load(tmp_path / "dd.safetensors")
     assert torch.equal(loaded(*features), mentor(*features))
     assert loaded.card["sharpness"] == 3.0
-
-
-if __name__ == "__main__":
-    be_a_rank(int(sys.argv[2]), Path(sys.argv[1]))

@@ -1,9 +1,15 @@
 """Our students: parameter counts worked out by hand, shapes, gradients, and their way into timm."""
 
+import pickle
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from mentorch.engine.config import StudentConfig
 from mentorch.engine.student import create_student
@@ -283,3 +289,134 @@ def test_small_cnn_memorises_wrong_labels():
             F.cross_entropy(model(x[batch]), y[batch]).backward()
             optimizer.step()
     assert (model(x).argmax(1) == y).float().mean() > 0.95
+
+
+# Weights to start from: one student whose classifier timm knows, and one of ours.
+
+
+@dataclass
+class Marker:
+    """Pickled, it makes a file where it is unpickled."""
+
+    path: Path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def _started(name, path, num_classes=10):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return student(name, num_classes=num_classes, weights=path).state_dict()
+
+
+@pytest.fixture(params=["test_resnet", "cifar_resnet20"])
+def trained(request):
+    torch.manual_seed(5)
+    return request.param, student(request.param, channels_last=False).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("file", "wrap"),
+    [
+        ("w.safetensors", None),
+        ("w.pt", lambda state: state),
+        ("w.pth", lambda state: {"state_dict": state, "epoch": 3}),
+        ("w.pth.tar", lambda state: {"model": state, "best": torch.tensor(1.0)}),
+        ("w.pt", lambda state: {f"module.{k}": v for k, v in state.items()}),
+        ("w.pt", lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}}),
+        (
+            "w.pt",
+            lambda state: {k: v.half() if v.is_floating_point() else v for k, v in state.items()},
+        ),
+    ],
+    ids=["safetensors", "pt", "state_dict", "model", "module", "both", "half"],
+)
+def test_a_student_starts_from_given_weights(trained, tmp_path, file, wrap):
+    name, state = trained
+    if wrap:
+        torch.save(wrap(state), tmp_path / file)
+    else:
+        save_file(state, tmp_path / file)
+    torch.manual_seed(6)
+    found = _started(name, tmp_path / file)
+    assert found.keys() == state.keys()
+    for key, value in state.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4)  # of half precision
+        assert found[key].dtype == value.dtype
+
+
+@pytest.mark.parametrize("had", [7, 0])
+def test_a_classifier_of_another_width_is_left_fresh(trained, tmp_path, had):
+    name, state = trained
+    other = {k: v[:had] if k.startswith("fc.") else v for k, v in state.items()}
+    if not had:  # a backbone that was saved alone
+        other = {k: v for k, v in state.items() if not k.startswith("fc.")}
+    torch.save(other, tmp_path / "w.pt")
+    torch.manual_seed(6)
+    fresh = student(name).state_dict()
+    torch.manual_seed(6)
+    with pytest.warns(UserWarning, match=f"for {had} classes, not 10: the student's stays fresh"):
+        found = student(name, weights=tmp_path / "w.pt").state_dict()
+    for key, value in found.items():
+        assert torch.equal(value, (fresh if key.startswith("fc.") else state)[key]), key
+
+
+def _without(state, name):
+    return {k: v for k, v in state.items() if k != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: _without(s, "conv1.0.weight"), "conv1.0.weight is missing"),
+        (lambda s: s | {"extra": torch.zeros(1)}, "extra is unknown"),
+        (lambda s: s | {"conv1.0.weight": torch.zeros(1)}, r"conv1.0.weight is \[1\], not \["),
+        (lambda s: s | {"fc.weight": torch.zeros(10, 3)}, r"fc.weight is \[10, 3\], not \["),
+        (lambda s: s | {"fc.weight": torch.zeros(7, 3)}, r"fc.weight is \[7, 3\], not \["),
+        (lambda s: {f"x.{k}": v for k, v in s.items()}, "and [0-9]+ more"),
+    ],
+)
+def test_weights_of_another_student_are_refused_by_name(tmp_path, change, said):
+    torch.save(change(student("test_resnet").state_dict()), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=said):
+        _started("test_resnet", tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: {"state_dict": {"conv1.0.weight": m}}])
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("file", ["w.pt", "w.pth.tar"])
+def test_weights_that_would_run_code_are_refused(tmp_path, file, zipped, wrap):
+    content = wrap(Marker(tmp_path / "ran"))
+    torch.save(content, tmp_path / file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="refused: reading it would have run code"):
+        _started("test_resnet", tmp_path / file)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("w.pt", b"", "cannot be read"),
+        ("w.pt", b"garbage", "cannot be read"),
+        ("w.pt", pickle.dumps({"a": 1}), "cannot be read"),
+        ("w.safetensors", b"garbage", "is no safetensors file"),
+        ("w.npz", b"garbage", "weights are .safetensors, .pt"),
+    ],
+)
+def test_what_holds_no_weights_is_said(tmp_path, file, content, said):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        _started("test_resnet", tmp_path / file)
+
+
+@pytest.mark.parametrize("content", [{}, {"epoch": 3}, [torch.zeros(1)], {"state_dict": {"a": 1}}])
+def test_a_file_without_a_state_dict_is_said(tmp_path, content):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        _started("test_resnet", tmp_path / "w.pt")
+
+
+def test_weights_that_are_not_there_are_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file of weights .*absent\.pt"):
+        _started("test_resnet", tmp_path / "absent.pt")

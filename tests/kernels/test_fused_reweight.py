@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mentorch
 from mentorch.kernels import fused
 from mentorch.kernels import reweight as module
-from mentorch.kernels.backend import tickets
+from mentorch.kernels.backend import INTERPRETED, tickets
 from mentorch.kernels.example_dropout import ExampleDropout
 from mentorch.kernels.history import new_history
 from mentorch.kernels.mentor import ClosedForm, LstmWeights, MentorWeights
@@ -19,9 +19,18 @@ from mentorch.kernels.weigh import Plan
 
 pytestmark = pytest.mark.usefixtures("device")
 
-BATCHES = [1, 2, 63, 64, 127, 1000]  # as in test_fused_cross_entropy.py
+# As in test_fused_cross_entropy.py, all three.
+BATCHES = [1, 2, 15, 16, 33, 150] if INTERPRETED else [1, 2, 63, 64, 127, 1000]
 CLASSES = [1, 2, 10, 100, 1000, 1001, 21841]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GRID = [
+    (batch, classes, dtype)
+    for b, batch in enumerate(BATCHES)
+    for c, classes in enumerate(CLASSES)
+    for d, dtype in enumerate(DTYPES)
+    if not INTERPRETED or d == (b + 2 * c) % 3
+]
+FEW = 33 if INTERPRETED else 70  # two programs of 32 rows, the last not full, or several
 COINS = ExampleDropout(20, 0.5, 0.3)
 EXACT = ExampleDropout(20, 0.5, 0.3, exact=True)
 LINEAR = ClosedForm("linear", lambda2=3.0)
@@ -118,15 +127,13 @@ def draw(batch, classes, dtype=torch.float32, seed=0):
     return logits.to(dtype), torch.randint(classes, (batch,), generator=generator)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("batch", "classes", "dtype"), GRID, ids=str)
 def test_grid(batch, classes, dtype, device):
-    """Curricula, dropout and the lagged form take turns over the sizes."""
-    turn = BATCHES.index(batch) + CLASSES.index(classes) + DTYPES.index(dtype)
+    """Curricula, dropout and the lagged form take turns over the sizes: each meets every size."""
+    turn = len(CLASSES) * BATCHES.index(batch) + CLASSES.index(classes)
     curriculum = [LINEAR, mentor(), ClosedForm("focal")][turn % 3]
     logits, labels = draw(batch, classes, dtype)
-    if batch > 60:
+    if batch > 8:
         labels[3] = -100
         logits[3] = math.nan  # an ignored row leaves no trace
     run = Run(
@@ -146,7 +153,7 @@ def test_closed_forms(kind, moving_avg, device):
     ):
         run = Run(form, device, moving_avg=moving_avg)
         for seed in range(3):
-            run.step(*draw(70, 12, seed=seed))
+            run.step(*draw(FEW, 12, seed=seed))
 
 
 @pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
@@ -158,7 +165,7 @@ def test_the_released_mixture(step, moving_avg, device):
         ClosedForm("pd_mixture", lambda1=0.2, lambda2=0.0),
     ):
         run = Run(form, device, step=step, moving_avg=moving_avg)
-        found, _ = run.step(*draw(70, 12))
+        found, _ = run.step(*draw(FEW, 12))
         if 18 < step < 90 or form.lambda2 == 0:
             assert set(found.sample_weight.unique().tolist()) <= {0.0, 1.0}
 
@@ -174,14 +181,15 @@ def test_the_released_mixture(step, moving_avg, device):
     ],
 )
 def test_mentornets(units, hidden, use_label, output, steps, device):
+    rows = 33 if INTERPRETED else 65  # two tiles of samples of the widest nets, or of all
     net = mentor(units, hidden, labels=12, use_label=use_label, output=output)
     history = new_history(200, steps) if steps > 1 else None
     run = Run(net, device, history=history, dropout=COINS)
     for visit in range(steps + 2):  # from an empty history to a full one that has moved on
-        logits, labels = draw(65, 12, seed=visit)
+        logits, labels = draw(rows, 12, seed=visit)
         labels[2] = -100
-        ids = torch.randperm(90, generator=torch.Generator().manual_seed(visit))[:65]
-        run.step(logits, labels, ids)
+        ids = torch.randperm(90 * rows // 65, generator=torch.Generator().manual_seed(visit))
+        run.step(logits, labels, ids[:rows])
 
 
 def test_the_history_of_all_kinds_of_rows(device):
@@ -235,9 +243,16 @@ def test_bad_arguments_are_refused(device):
         reweight(logits, labels, LINEAR, avg, total_steps=1, sample_ids=labels.to("meta"))
 
 
-@pytest.mark.parametrize("moving_avg", ["updated", "lagged"])
-@pytest.mark.parametrize("batch", [1, 50, 129, 1100])  # 1100: two tiles of samples
-@pytest.mark.parametrize("step", [3, 50, 97])  # burn-in, after it, and the end
+MASKS = [
+    (step, batch, moving_avg)
+    for s, step in enumerate([3, 50, 97])  # burn-in, after it, and the end
+    for b, batch in enumerate([1, 50, 129, 1100])  # 1100: two tiles of samples
+    for m, moving_avg in enumerate(["updated", "lagged"])
+    if not INTERPRETED or m == (s + b) % 2  # there every two of the three meet
+]
+
+
+@pytest.mark.parametrize(("step", "batch", "moving_avg"), MASKS)
 def test_the_same_mask_as_the_reference(step, batch, moving_avg, device):
     logits, labels = draw(batch, 3)
     labels[::7] = -100
@@ -391,7 +406,7 @@ def test_layouts(layout, form, device):
 
 
 def test_results_repeat_bit_by_bit(device):
-    logits, labels = draw(300, 37)
+    logits, labels = draw(100 if INTERPRETED else 300, 37)  # two tiles of samples, or more
     runs = [Run(mentor(), device, dropout=EXACT).step(logits, labels) for _ in range(2)]
     for a, b in zip(*([*out, gradient] for out, gradient in runs), strict=True):
         assert torch.equal(a, b)
