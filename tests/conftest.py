@@ -1,3 +1,8 @@
+import os
+
+# Asked by way of NVML, torch does not open the GPU here: ranks forked from here could not then.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
 import pytest
 import torch
 

@@ -34,8 +34,6 @@ from mentorch.engine.data.quarantine import Unusable
 from mentorch.engine.data.source import BatchSource, EncodedBatch
 from mentorch.engine.distributed import World
 
-_ROWS_HASHED = 4_000_000
-
 
 class Batch(NamedTuple):
     """One step's images on the device."""
@@ -227,14 +225,12 @@ def digest(*arrays: Any) -> str:
 
 
 def _buffers(strings: pa.ChunkedArray) -> list[pa.Buffer]:
-    """Offsets and characters of a column without nulls, in chunks that follow from its length only.
+    """Offsets and characters of a column without nulls.
 
-    In one piece they would be limited to 2 GiB of text, which is some 70 million paths.
+    As large strings: plain ones hold 2 GiB of text in one piece, which is some 70 million paths.
     """
-    found: list[pa.Buffer] = []
-    for start in range(0, len(strings), _ROWS_HASHED):
-        found += pa.concat_arrays(strings.slice(start, _ROWS_HASHED).chunks).buffers()[1:]
-    return found
+    buffers: list[pa.Buffer] = strings.cast(pa.large_string()).combine_chunks().buffers()
+    return buffers[1:]
 
 
 class Normalise(nn.Module):

@@ -133,3 +133,14 @@ def ranks():
         if process.is_alive():
             process.kill()
             process.join()
+
+
+_TWO_GPUS = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each of two ranks"
+)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _TWO_GPUS])])
+def device(request) -> str:
+    """gloo on CPUs, NCCL on GPUs."""
+    return request.param

@@ -31,9 +31,9 @@ CURVE = ("loss", "weighted_loss", "loss_moving_avg", "weight_right", "weight_wro
 N, SIDE, CLASSES, BATCH = 512, 8, 10, 32
 
 
-def _config(steps=50, **parts):
+def _config(device="cpu", **parts):
     config = RunConfig(
-        device="cpu",
+        device=device,
         student=StudentConfig(name="small_mlp", drop_rate=0.0),
         curriculum=CurriculumConfig(name="pd", burn_in=0.2),
         optim=OptimConfig(lr=0.02, average_decay=0.9, warmup_epochs=0, schedule="constant"),
@@ -66,18 +66,19 @@ def _batches(world, steps, images, parts=1):
         ids = torch.randperm(N, generator=generator)[:BATCH]
         ids[-1] = -1
         mine = ids.view(parts, world.world_size, -1)[:, world.rank].reshape(share)
+        mine = mine.to(world.device)
         yield Batch(images[mine.clamp(min=0)], mine)
 
 
 def _spade(config, world, steps):
-    images, labels, clean = _images()
+    images, labels, clean = (tensor.to(world.device) for tensor in _images())
     torch.manual_seed(config.seed)
     student = create_student(config.student, CLASSES, world.device, in_chans=1, img_size=SIDE)
     criterion = create_criterion(
         config.curriculum,
         labels_N=labels,
         clean_labels_N=clean,
-        sample_ids=torch.arange(N),
+        sample_ids=torch.arange(N, device=world.device),
         num_classes=CLASSES,
         total_steps=steps * config.train.accumulate,
     )
@@ -88,7 +89,7 @@ def _spade(config, world, steps):
 def train(config, steps=50, world=None):
     """Losses and ℓ_pt of every step, and what is there at the end."""
     if world is None:
-        with distributed("cpu") as joined:
+        with distributed(config.device) as joined:
             return train(config, steps, joined)
     spade, images = _spade(config, world, steps)
     curve = []
@@ -96,7 +97,11 @@ def train(config, steps=50, world=None):
         metrics = spade.metrics()
         curve.append([metrics[name] for name in CURVE])
     state = spade.criterion.state_dict()
-    return {"curve": torch.tensor(curve, dtype=torch.float64), **spade.models(), "state": state}
+    found = {**spade.models(), "state": state}
+    on_host = {
+        name: {key: tensor.cpu() for key, tensor in part.items()} for name, part in found.items()
+    }
+    return {"curve": torch.tensor(curve, dtype=torch.float64), **on_host}
 
 
 def _assert_same_models(one, other, **tolerance):
@@ -115,10 +120,10 @@ def _assert_same_models(one, other, **tolerance):
     ],
     ids=["pd", "lagged", "clipped", "accumulated"],
 )
-def test_two_ranks_take_the_steps_of_one(ranks, parts):
+def test_two_ranks_take_the_steps_of_one(ranks, parts, device):
     """The global batch is the same, so is everything else, but for the order of sums."""
-    config = _config(**parts)
-    alone = train(config)
+    config = _config(**parts, device=device)
+    (alone,) = ranks(train, config, world_size=1).results()
     one, two = ranks(train, config).results()
     torch.testing.assert_close(one["curve"], alone["curve"], rtol=1e-4, atol=1e-5)
     assert torch.equal(one["curve"], two["curve"])
@@ -162,6 +167,26 @@ def test_what_a_curriculum_knows_is_the_same_on_every_rank(ranks, curriculum, mo
         torch.testing.assert_close(
             one["state"][name], tensor, rtol=2e-2, atol=2e-2, equal_nan=True, msg=name
         )
+
+
+def test_the_loss_scale_shrinks_and_is_kept():
+    """A scale of 2³⁰ overflows at once: steps are skipped until it fits."""
+    config = _config(train=TrainConfig(epochs=1, batch_size=BATCH, precision="fp16"))
+    steps, world = 12, World()
+    spade, images = _spade(config, world, steps)
+    spade.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    start = [p.clone() for p in spade.student.parameters()]
+    batches = _batches(world, steps, images)
+    assert next(spade.train(batches)) == 1
+    assert spade.metrics()["skipped"] == 1
+    assert all(map(torch.equal, start, spade.student.parameters()))
+    for _ in spade.train(batches):
+        pass
+    assert 0 < spade.metrics()["skipped"] < 11
+    again, _ = _spade(config, world, steps)
+    again.load(spade.models(), spade.state(), spade.own())
+    assert again.scaler.get_scale() == spade.scaler.get_scale() < 2.0**30
+    assert not any(map(torch.equal, start, spade.student.parameters()))
 
 
 def test_a_local_percentile_refuses_what_must_be_shared():
