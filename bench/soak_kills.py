@@ -59,7 +59,7 @@ class Soak:
     """Kills runs until so many kills were made.
 
     Args:
-        out: for everything; must not exist.
+        out: for everything; empty, or not there yet.
         kills: how many.
         ranks: of the runs.
         seed: of the moments, and of the runs.
@@ -168,7 +168,11 @@ class Soak:
         shutil.rmtree(place.notes)
 
     def _rest(self, folder: Path) -> str:
-        """What a run has left behind though it should not."""
+        """What a run has left behind though it should not.
+
+        A whole checkpoint that ``latest`` did not come to name is set aside by the next attempt;
+        more than those would be a leak.
+        """
         hidden = sorted(str(p.relative_to(folder)) for p in folder.rglob(".*"))
         if hidden:
             return f"left behind: {hidden}"

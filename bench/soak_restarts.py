@@ -33,7 +33,7 @@ class Restarts:
     """Kills a random worker after every start, and waits for torchrun to start all again.
 
     Args:
-        out: for everything; must not exist, or be empty.
+        out: for everything; empty, or not there yet.
         kills: how many, all in one run.
         ranks: of the run.
         seed: of the moments, and of the run.
@@ -48,8 +48,8 @@ class Restarts:
     end: float
     say: Callable[[str], None] = print
     alive_s: list[float] = field(default_factory=list)
+    resumed_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
-    before: list[int] = field(default_factory=list)
 
     def run(self) -> dict[str, Any]:
         """All of it; returns what is to be reported.
@@ -81,7 +81,7 @@ class Restarts:
         with place.log.open("wb") as log:
             torchrun = subprocess.Popen(
                 self._command(place),
-                env={k: v for k, v in os.environ.items() if k != _SHARING},
+                env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -95,6 +95,12 @@ class Restarts:
                 raise SoakFailed(f"torchrun ended with {torchrun.returncode}: {place.log}")
         finally:
             _end(torchrun, _pids(place, self.ranks))
+
+    def _environment(self) -> dict[str, str]:
+        away = _SHARING, "PYTHONDONTWRITEBYTECODE"
+        kept = {name: value for name, value in os.environ.items() if name not in away}
+        # Imports are compiled once, by the first start, as those of a usual installation are.
+        return kept | {"PYTHONPYCACHEPREFIX": str(self.out / "bytecode"), "OMP_NUM_THREADS": "1"}
 
     def _command(self, place: Place) -> list[str]:
         options = ["--standalone", "--nproc-per-node", str(self.ranks)]
@@ -116,13 +122,13 @@ class Restarts:
         os.kill(pid, signal.SIGKILL)
         self._wait(torchrun, place, lambda: self._done(place, attempt + 1))
         again = [n for n in place.all(self.ranks) if n["attempt"] == attempt + 1]
-        alive = max(n["time"] for n in again if n["what"] == "alive") - killed
-        step = self._done(place, attempt + 1)[0]["time"] - killed
-        self.alive_s.append(alive)
-        self.step_s.append(step)
+        for what, seconds in (("alive", self.alive_s), ("resumed", self.resumed_s)):
+            seconds.append(max(n["time"] for n in again if n["what"] == what) - killed)
+        self.step_s.append(self._done(place, attempt + 1)[0]["time"] - killed)
         self.say(
             f"kill {attempt + 1:3d}  rank {rank} after {steps} steps: processes again after "
-            f"{alive:.1f} s, the next step complete after {step:.1f} s"
+            f"{self.alive_s[-1]:.1f} s, checkpoint chosen after {self.resumed_s[-1]:.1f} s, the "
+            f"next step complete after {self.step_s[-1]:.1f} s"
         )
 
     def _done(self, place: Place, attempt: int) -> list[Note]:
@@ -158,6 +164,8 @@ class Restarts:
             "steps_of_the_run": epochs * runs.STEPS_PER_EPOCH,
             "kill_to_processes_s_median": median(self.alive_s),
             "kill_to_processes_s_max": max(self.alive_s),
+            "kill_to_checkpoint_chosen_s_median": median(self.resumed_s),
+            "kill_to_checkpoint_chosen_s_max": max(self.resumed_s),
             "kill_to_step_s_median": median(self.step_s),
             "kill_to_step_s_max": max(self.step_s),
         }

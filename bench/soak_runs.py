@@ -87,6 +87,7 @@ def import_ahead() -> None:
 
 def make_digits(root: Path) -> Path:
     """The embedded digits, indexed; in a process of its own, which takes its threads with it."""
+    root.parent.mkdir(parents=True, exist_ok=True)
     process = _FORK.Process(target=_make_digits, args=(root,))
     process.start()
     process.join()
@@ -96,6 +97,7 @@ def make_digits(root: Path) -> Path:
 
 
 def _make_digits(root: Path) -> None:
+    _print_to(root.with_name(f"{root.name}.log"))
     write_embedded(root)
     index_webvision(root, workers=0)
     index_imagenet(root / "ilsvrc", workers=0)
@@ -122,7 +124,8 @@ class Place(NamedTuple):
         """The notes of each rank, over all attempts."""
         paths = [self.notes / f"rank-{rank}.jsonl" for rank in range(ranks)]
         texts = [path.read_text() if path.exists() else "" for path in paths]
-        return [[json.loads(line) for line in text.splitlines()] for text in texts]
+        lines = [[li for li in text.splitlines() if li.endswith("}")] for text in texts]  # not cut
+        return [list(map(json.loads, of_rank)) for of_rank in lines]
 
     def all(self, ranks: int) -> list[dict[str, Any]]:
         """The notes of all ranks."""
@@ -214,13 +217,18 @@ def _be_a_rank(
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in (here | there).items()}
-    output = place.log.open("a")
-    for descriptor in (1, 2):
-        os.dup2(output.fileno(), descriptor)
-    sys.stdout = sys.stderr = output
+    _print_to(place.log)
     torch.set_num_threads(1)
     torch.seed()  # nothing may depend on where the generator happens to be
     sys.exit(train(run, Notes(place.notes, attempt)))
+
+
+def _print_to(path: Path) -> None:
+    """From here on this process prints to a file, C and Python alike."""
+    output = path.open("a")
+    for descriptor in (1, 2):
+        os.dup2(output.fileno(), descriptor)
+    sys.stdout = sys.stderr = output
 
 
 def _free_port() -> int:

@@ -42,10 +42,10 @@ class Notes:
         self._who = {"attempt": attempt, "pid": os.getpid()}
 
     def add(self, what: str, at: float | None = None, **more: Any) -> None:
-        """Appends a line, in one write: a kill leaves all of it or nothing."""
+        """Appends a line, in one write. Should a kill cut it, the next one begins a line anew."""
         note = {**self._who, "time": time.monotonic() if at is None else at, "what": what, **more}
         with self._path.open("ab", buffering=0) as file:
-            file.write(json.dumps(note).encode() + b"\n")
+            file.write(b"\n" + json.dumps(note).encode())
 
 
 def train(config: RunConfig, notes: Notes) -> int:

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from mentorch.engine.checkpoint import checkpoints
 from mentorch.engine.config import (
@@ -24,13 +22,15 @@ from mentorch.engine.config import (
     TrainConfig,
     save_config,
 )
+from mentorch.engine.job import run
 from mentorch.engine.ledger import read_ledger
 
 from .hosts import Hosts, Started, wait_for, why_not
+from .runs import assert_same_run
 
 STEPS = 24  # two epochs of 12
 WHY_NOT = why_not()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 # Notes every step with its samples, and takes its time, so that a test can step in between.
 SCRIPT = """
@@ -116,12 +116,7 @@ class Job:
         changed = replace(self.config.train, **train)
         self.config = replace(self.config, folder=self.config.out / "run", train=changed)
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        last = checkpoints(self.run_folder / "checkpoints")[-1]
-        assert last.name == f"step-{STEPS:08d}"
-        return load_file(last / "average.safetensors")
-
-    def visits(self) -> torch.Tensor:
+    def visits(self):
         last = checkpoints(self.run_folder / "checkpoints")[-1]
         return read_ledger(last / "ledger.safetensors")["visits"]
 
@@ -136,22 +131,14 @@ def _one_gpu(host: int) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def whole(digits, device, tmp_path_factory):
-    """The run that nothing happens to, and what its launchers said."""
-    folder = tmp_path_factory.mktemp("whole")
-    with Hosts(folder) as hosts:
-        job = Job(hosts, folder, _config(digits, folder / "runs", device))
-        launchers = [job.start(host) for host in range(2)]
-        _ends_well(launchers)
-        yield job, [launcher.output for launcher in launchers]
+@pytest.fixture
+def whole(digits, device, tmp_path, ranks):
+    """The run that nothing happens to, two ranks on one host."""
+    out = tmp_path / "whole"
+    config = _config(digits, out, device)
+    assert ranks(run, config).results() == [0, 0]
+    (folder,) = out.iterdir()
+    return folder
 
 
 @pytest.fixture
@@ -165,17 +152,12 @@ def _ends_well(launchers: list[Started]) -> None:
         assert launcher.wait(120) == 0, "\n".join(one.output for one in launchers)
 
 
-def _same_end(job: Job, whole: Job) -> None:
-    """The same weights, and every sample counted as often."""
-    ours, theirs = job.weights(), whole.weights()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
-    assert (job.visits() == whole.visits()).all()
-
-
-def test_two_hosts_see_each_sample_once_and_write_one_record(whole):
-    job, outputs = whole
+@pytest.mark.slow
+@pytest.mark.soak
+def test_two_hosts_see_each_sample_once_and_write_one_record(job, whole):
+    launchers = [job.start(host) for host in range(2)]
+    _ends_well(launchers)
+    assert_same_run(whole, job.run_folder)
     one, two = job.steps(0), job.steps(1)
     assert [step for step, _ in one] == [step for step, _ in two] == list(range(1, STEPS + 1))
     for epoch in (slice(0, 12), slice(12, 24)):
@@ -183,11 +165,13 @@ def test_two_hosts_see_each_sample_once_and_write_one_record(whole):
         assert len(ids) == len(set(ids)) == 12 * 16
     assert job.visits().sum() == STEPS * 16
     assert json.loads((job.run_folder / "summary.json").read_text())["steps"] == STEPS
-    together = "".join(outputs)
+    together = "".join(launcher.output for launcher in launchers)
     assert together.count("run folder:") == 1, "more than one rank talks"
     assert "ended with" not in together, "a launcher had to try twice"
 
 
+@pytest.mark.slow
+@pytest.mark.soak
 def test_a_network_that_is_away_for_seconds_costs_those_seconds_only(job, whole):
     """TCP sends again: nothing is lost, so nothing may give up."""
     launchers = [job.start(host) for host in range(2)]
@@ -201,9 +185,10 @@ def test_a_network_that_is_away_for_seconds_costs_those_seconds_only(job, whole)
     job.hosts.mend()
     _ends_well(launchers)
     assert [step for step, _ in job.steps(0)] == list(range(1, STEPS + 1)), "a step was repeated"
-    _same_end(job, whole[0])
+    assert_same_run(whole, job.run_folder)
 
 
+@pytest.mark.slow
 def test_a_network_that_stays_away_ends_both_hosts_and_the_job_goes_on(job, whole):
     job.interruptible(step_timeout=3.0)
     launchers = [job.start(host) for host in range(2)]
@@ -217,16 +202,18 @@ def test_a_network_that_stays_away_ends_both_hosts_and_the_job_goes_on(job, whol
     assert "rank 1 gives no sign of life" in one
     assert "(host host1, pid" in one
     assert "rank 1 of 2 (host host1) made no progress" in two
-    assert "the host that they meet on" in two, "host0 serves the store, so it alone can be named"
+    assert "host0, where they meet, is silent" in two, "it serves the store: who would know more?"
     before = len(job.steps(0))
     ended = wait_for(lambda: all("ended with" in one.output for one in launchers), "the end")
     again = wait_for(lambda: len(job.steps(0)) > before, "a step after that")
     print(f"{ended:.1f} s later both launchers had ended, {again:.1f} s later was the next step")
     _ends_well(launchers)
     _went_on_from_a_checkpoint(job)
-    _same_end(job, whole[0])
+    assert_same_run(whole, job.run_folder)
 
 
+@pytest.mark.slow
+@pytest.mark.soak
 def test_a_host_that_dies_and_is_started_again(job, whole):
     """The one that they meet on. The other sees closed connections: it need not wait long."""
     job.interruptible()
@@ -241,7 +228,7 @@ def test_a_host_that_dies_and_is_started_again(job, whole):
     print(f"{waited:.1f} s from the kill to the other launcher's end, {again:.1f} s to a step")
     _ends_well(launchers)
     _went_on_from_a_checkpoint(job)
-    _same_end(job, whole[0])
+    assert_same_run(whole, job.run_folder)
 
 
 def _went_on_from_a_checkpoint(job: Job) -> None:

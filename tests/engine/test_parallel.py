@@ -58,13 +58,13 @@ class _ToFloat(nn.Module):
         return images.permute(0, 3, 1, 2) / 255 - 0.5
 
 
-def _batches(world, steps, images, parts=1):
+def _batches(world, steps, images, parts=1, padding=True):
     """Global batches that do not depend on the ranks; one id of −1 in each, on the last rank."""
     generator = torch.Generator().manual_seed(1)
     share = BATCH // world.world_size
     for _ in range(steps):
         ids = torch.randperm(N, generator=generator)[:BATCH]
-        ids[-1] = -1
+        ids[-1] = -1 if padding else ids[-1]
         mine = ids.view(parts, world.world_size, -1)[:, world.rank].reshape(share)
         mine = mine.to(world.device)
         yield Batch(images[mine.clamp(min=0)], mine)
@@ -86,14 +86,14 @@ def _spade(config, world, steps):
     return spade, images
 
 
-def train(config, steps=50, world=None):
+def train(config, steps=50, world=None, padding=True):
     """Losses and ℓ_pt of every step, and what is there at the end."""
     if world is None:
         with distributed(config.device) as joined:
-            return train(config, steps, joined)
+            return train(config, steps, joined, padding)
     spade, images = _spade(config, world, steps)
     curve = []
-    for _ in spade.train(_batches(world, steps, images, config.train.accumulate)):
+    for _ in spade.train(_batches(world, steps, images, config.train.accumulate, padding)):
         metrics = spade.metrics()
         curve.append([metrics[name] for name in CURVE])
     state = spade.criterion.state_dict()
@@ -202,6 +202,14 @@ def test_half_the_bytes_round_the_gradients(ranks):
     exact = train(plain, 20)
     difference = (one["curve"] - exact["curve"]).abs().max()
     assert 1e-7 < difference < 0.05
+
+
+def test_accumulating_is_the_same_step_where_no_percentile_matters():
+    """Plain cross-entropy: the mean of the parts' means, where all parts have all their rows."""
+    plain = _config(curriculum=CurriculumConfig(name="uniform", burn_in=0.0))
+    parts = replace(plain, train=replace(plain.train, accumulate=4))
+    one, other = train(plain, 10, padding=False), train(parts, 10, padding=False)
+    _assert_same_models(one, other, rtol=1e-4, atol=1e-6)
 
 
 def _syncs(config, steps):

@@ -130,3 +130,16 @@ def test_global_batches_of_shards_do_not_depend_on_the_number_of_ranks():
     assert len(alone) == 8
     thirds = [rank_batches(order, 4, rank, 3, True) for rank in range(3)]
     assert np.array_equal(alone, np.concatenate(thirds, axis=1))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_parts_of_a_batch_do_not_depend_on_the_ranks(world_size):
+    """Where gradients accumulate, part i of all ranks together is the i-th part of the batch."""
+    parts, order = 2, np.arange(48)
+    batch_size = 16 // world_size
+    ranks = [rank_batches(order, batch_size, r, world_size, True, parts) for r in range(world_size)]
+    for step in range(3):
+        for part, ids in enumerate(order[16 * step : 16 * (step + 1)].reshape(parts, 8)):
+            share = slice(part * batch_size // parts, (part + 1) * batch_size // parts)
+            together = np.concatenate([of_rank[step, share] for of_rank in ranks])
+            assert together.tolist() == ids.tolist()

@@ -2,6 +2,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -9,7 +10,7 @@ from PIL import Image
 from mentorch.engine.config import DataConfig
 from mentorch.engine.data import pipelines
 from mentorch.engine.data.order import PADDING
-from mentorch.engine.data.pipelines import Loader, Normalise
+from mentorch.engine.data.pipelines import Loader, Normalise, _buffers, digest
 from mentorch.engine.distributed import World
 
 SMALL = DataConfig(image_size=64, resize=72, threads=1)
@@ -140,3 +141,13 @@ def test_without_dali_the_error_says_what_to_install(digits_index, monkeypatch):
     loader = _loader(digits_index, digits_index.select("val"), train=False)
     with pytest.raises(ImportError, match=r"nvidia-dali-cuda130 .*\n.*nvidia-dali-cuda120"):
         next(loader.batches())
+
+
+def test_paths_are_hashed_with_offsets_of_64_bits():
+    """More than 2 GiB of text do not fit into one piece otherwise; chunks make no difference."""
+    one = pa.chunked_array([pa.array(["a", "bb"]), pa.array(["c"])])
+    other = pa.chunked_array([pa.array(["a"]), pa.array(["bb", "c"])])
+    assert digest(*_buffers(one)) == digest(*_buffers(other))
+    offsets, characters = _buffers(one)
+    assert np.frombuffer(offsets, np.int64)[:4].tolist() == [0, 1, 3, 4]
+    assert bytes(characters)[:4] == b"abbc"
