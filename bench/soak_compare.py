@@ -51,7 +51,7 @@ def order_difference(one: Sequence[Any], other: Sequence[Any], ranks: int) -> st
                 before = orders[-1].setdefault(note["step"], note["ids"])
                 if before != note["ids"]:
                     return f"rank {rank}, step {note['step']}: other samples when taken again"
-        if found := tree_difference(*orders, f"samples of rank {rank}, step"):
+        if found := tree_difference(orders[0], orders[1], f"samples of rank {rank}, step"):
             return found
     return ""
 

@@ -65,6 +65,7 @@ class Soak:
         seed: of the moments, and of the runs.
         end: when to stop killing (`time.monotonic`).
         say: told of every kill.
+        epochs: of each run.
     """
 
     out: Path
@@ -72,7 +73,8 @@ class Soak:
     ranks: int
     seed: int
     end: float
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = runs.say
+    epochs: int = field(default_factory=lambda: EPOCHS)
     struck: list[Struck] = field(default_factory=list)
     set_aside: int = 0
     said: Counter[str] = field(default_factory=Counter)
@@ -104,16 +106,17 @@ class Soak:
         return len(self.struck) < self.kills and time.monotonic() < self.end
 
     def _config(self, name: str) -> RunConfig:
-        return runs.config(self.digits, EPOCHS, self.seed, folder=self.out / name)
+        return runs.config(self.digits, self.epochs, self.seed, folder=self.out / name)
 
     def _until_finished(self, run: RunConfig, place: Place) -> None:
         assert run.folder is not None
-        attempt = 0
+        folder, attempt = run.folder / "checkpoints", 0
         while True:
+            before = left_behind(folder)
             with Ranks(run, place, attempt, self.ranks) as group:
                 kill = self._plan() if self.wanted() else None
-                if kill and strike(group, kill, run.folder / "checkpoints"):
-                    self._note(group, kill, attempt, run.folder / "checkpoints")
+                if kill and strike(group, kill, folder):
+                    self._note(group, kill, attempt, folder, before)
                 elif not group.end() or any(group.statuses):
                     raise SoakFailed(
                         f"an attempt that nobody killed ended with {group.statuses}: {place.log}"
@@ -134,7 +137,9 @@ class Soak:
             self.random.choice((one, all_ranks)),
         )
 
-    def _note(self, group: Ranks, kill: Kill, attempt: int, folder: Path) -> None:
+    def _note(
+        self, group: Ranks, kill: Kill, attempt: int, folder: Path, before: dict[str, set[int]]
+    ) -> None:
         killed = time.monotonic()
         by_themselves = group.end(_JOINING_S if kill.moment == "start-up" else _SURVIVORS_S)
         survivors_s = time.monotonic() - killed if len(kill.ranks) < self.ranks else None
@@ -143,7 +148,11 @@ class Soak:
                 f"rank {kill.ranks} was killed, the others did not end within {_SURVIVORS_S:.0f} s:"
                 f" {group.place.log}"
             )
-        found = left_behind(folder)
+        found = [
+            what
+            for what, inodes in left_behind(folder).items()
+            if inodes - before.get(what, set())  # an attempt may be killed before it cleans up
+        ]
         self.struck.append(
             Struck(self.finished, attempt, kill.moment, kill.ranks, found, survivors_s)
         )
@@ -247,19 +256,20 @@ CUT, CUT_POINTER = "a checkpoint not whole", "a pointer not moved"
 CUT_DELETING, UNNAMED = "an old one half deleted", "a whole one not named"
 
 
-def left_behind(folder: Path) -> list[str]:
-    """What a write that was broken off has left in the folder of the checkpoints."""
-    temporary = _hidden(folder, ".tmp")
+def left_behind(folder: Path) -> dict[str, set[int]]:
+    """What writes that were broken off have left among the checkpoints: inodes, by kind."""
+    found: dict[str, set[int]] = {}
     whole = checkpoints(folder)
     latest = folder / "latest"
     named = latest.read_text().strip() if latest.is_file() else ""
-    found = {
-        CUT: any(name.startswith(".step-") for name in temporary),
-        CUT_POINTER: any(not name.startswith(".step-") for name in temporary),
-        CUT_DELETING: bool(_hidden(folder, ".old")),
-        UNNAMED: bool(whole) and whole[-1].name != named,
-    }
-    return [what for what, there in found.items() if there]
+    if whole and whole[-1].name != named:
+        found[UNNAMED] = {whole[-1].stat().st_ino}
+    for name in _hidden(folder, ".tmp"):
+        kind = CUT if name.startswith(".step-") else CUT_POINTER
+        found.setdefault(kind, set()).add((folder / name).stat().st_ino)
+    for name in _hidden(folder, ".old"):
+        found.setdefault(CUT_DELETING, set()).add((folder / name).stat().st_ino)
+    return found
 
 
 def _hidden(folder: Path, ending: str) -> list[str]:

@@ -46,7 +46,7 @@ class Restarts:
     ranks: int
     seed: int
     end: float
-    say: Callable[[str], None] = print
+    say: Callable[[str], None] = runs.say
     alive_s: list[float] = field(default_factory=list)
     resumed_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)

@@ -39,6 +39,11 @@ class SoakFailed(Exception):
     """A run did not survive what was done to it; the message says where to look."""
 
 
+def say(text: str) -> None:
+    """Prints a line, at once even into a file."""
+    print(text, flush=True)
+
+
 def config(digits: Path, epochs: int, seed: int, **where: Any) -> RunConfig:
     """A run with everything in it that could go on wrongly.
 

@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 
 import cattrs
 
+from mentorch.engine.files import replace_text
+
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 
@@ -344,7 +346,7 @@ def _converter() -> cattrs.Converter:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Writes the resolved configuration as JSON."""
-    path.write_text(json.dumps(asdict(config), indent=2, default=str) + "\n")
+    replace_text(path, json.dumps(asdict(config), indent=2, default=str) + "\n")
 
 
 def load_config(path: Path, kind: type[C]) -> C:

@@ -3,23 +3,21 @@
 import contextlib
 import json
 import math
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import asdict, replace
-from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 
 from mentorch.engine.agreement import Agreement
+from mentorch.engine.assembly import assemble, collective_timeout, per_rank
 from mentorch.engine.checkpoint import load_checkpoint, restore_random
 from mentorch.engine.checkpoint_choice import choose_checkpoint, clean
 from mentorch.engine.checkpoint_files import checkpoints
-from mentorch.engine.config import RunConfig, TrainConfig, save_config
-from mentorch.engine.criteria import create_criterion
+from mentorch.engine.config import RunConfig, save_config
 from mentorch.engine.data.datasets import Samples, open_datasets
-from mentorch.engine.data.pipelines import Loader, Normalise, digest
+from mentorch.engine.data.pipelines import Loader, digest
 from mentorch.engine.data.quarantine import Quarantine
 from mentorch.engine.distributed import World, distributed
 from mentorch.engine.evaluate import evaluate
@@ -27,14 +25,19 @@ from mentorch.engine.failure import RunFailed
 from mentorch.engine.files import replace_text
 from mentorch.engine.launch import exit_status, launch_id, launcher, run_folder
 from mentorch.engine.ledger import Ledger
-from mentorch.engine.messages import introduction, label_notes, skipped_line, train_line
+from mentorch.engine.messages import (
+    images_gone,
+    introduction,
+    label_notes,
+    skipped_line,
+    too_many_skipped,
+    train_line,
+)
 from mentorch.engine.parallel import share_buffers
 from mentorch.engine.saving import Saver
 from mentorch.engine.scores import KIND, Scores
-from mentorch.engine.spade import Spade
 from mentorch.engine.status import Status
 from mentorch.engine.stop import StopRequest
-from mentorch.engine.student import create_student
 from mentorch.engine.telemetry import Telemetry, describe_environment
 from mentorch.engine.watchdog import Progress, Watchdog
 
@@ -51,8 +54,8 @@ class Job:
     def __init__(self, config: RunConfig, world: World, folder: Path) -> None:
         self.config, self.world, self.folder = config, world, folder
         train = config.train
-        self.batch_size = _per_rank(train.batch_size, world, "train.batch_size", train.accumulate)
-        self.eval_batch_size = _per_rank(
+        self.batch_size = per_rank(train.batch_size, world, "train.batch_size", train.accumulate)
+        self.eval_batch_size = per_rank(
             train.eval_batch_size or train.batch_size, world, "train.eval_batch_size"
         )
         self.progress = Progress(train.first_step_timeout, train.step_timeout)
@@ -64,7 +67,15 @@ class Job:
         self.ledger = (
             Ledger(len(self.datasets.train.labels_N), world) if config.train.ledger else None
         )
-        self.spade = self._create_spade()
+        begun = world.from_main(bool(checkpoints(self.checkpoints)))
+        self.spade = assemble(
+            replace(config, student=replace(config.student, weights=None)) if begun else config,
+            self.datasets,
+            self.loader.steps_per_epoch,
+            world,
+            [self.ledger] if self.ledger else [],
+            self.progress,
+        )
         self.notes: list[str] = []  # to be said when the run introduces itself
         resumed = self._resume()
         self._make_folder(resumed)
@@ -86,31 +97,6 @@ class Job:
             world_size=world.world_size,
         )
 
-    def _create_spade(self) -> Spade:
-        config, world, samples = self.config, self.world, self.datasets.train
-        classes, steps_per_epoch = len(self.datasets.classes), self.loader.steps_per_epoch
-        labels = torch.from_numpy(samples.labels_N).to(world.device)
-        clean = torch.from_numpy(samples.index.clean_labels()).to(world.device)
-        torch.manual_seed(config.seed)  # line 1 of Algorithm 1: the same w⁰ on every rank
-        begun = world.from_main(bool(checkpoints(self.checkpoints)))
-        chosen = replace(config.student, weights=None) if begun else config.student
-        student = create_student(chosen, classes, world.device)
-        criterion = create_criterion(
-            config.curriculum,
-            labels_N=labels,
-            clean_labels_N=clean,
-            sample_ids=torch.from_numpy(samples.sample_ids).to(world.device),
-            num_classes=classes,
-            total_steps=steps_per_epoch * config.train.epochs * config.train.accumulate,
-            seed=config.seed,
-        )
-        normalise = Normalise(config.data.mean, config.data.std).to(world.device)
-        observers = [self.ledger] if self.ledger else []
-        return Spade(
-            config, student, criterion, normalise, labels, clean, steps_per_epoch, world, observers,
-            self.progress,
-        )  # fmt: skip
-
     @property
     def checkpoints(self) -> Path:
         """The folder of the run's checkpoints."""
@@ -122,7 +108,7 @@ class Job:
             clean(self.checkpoints, resumed)
             save_config(self.config, self.folder / "config.json")
             environment = json.dumps(describe_environment(self.world.device), indent=2)
-            (self.folder / "versions.json").write_text(environment + "\n")
+            replace_text(self.folder / "versions.json", environment + "\n")
         self.world.wait()
 
     def _loader(self, name: str, samples: Samples, batch_size: int) -> Loader:
@@ -246,13 +232,7 @@ class Job:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in named)
             self.telemetry.say(skipped_line(skipped, named, path))
         if self._recently_skipped > self.config.train.max_skipped:
-            raise RunFailed(
-                f"the gradients of {self._recently_skipped:.0f} steps in short order were not "
-                f"finite (train.max_skipped is {self.config.train.max_skipped}), the last before "
-                f"step {self.spade.step_count + 1:,}. {path} names their samples. The weights "
-                "are as they were before. A lower optim.lr, optim.clip_norm or train.precision "
-                f"bf16 may help; go on from an earlier checkpoint with\n    {self.go_on}"
-            )
+            raise RunFailed(too_many_skipped(self._recently_skipped, self.spade, path, self.go_on))
 
     def _check_storage(self, unusable: float, rows: float) -> None:
         """Ends a run whose images are gone, on all ranks alike.
@@ -263,13 +243,7 @@ class Job:
         # Few rows (a line after one step) may hold more by chance: four standard deviations.
         chance = 4 * math.sqrt(allowed * (1 - allowed) / max(rows, 1))
         if unusable > allowed + chance:
-            reasons = Counter(u.reason for u in self.quarantine.found.values())
-            raise RunFailed(
-                f"{unusable:.0%} of the images since the last line of metrics could not be used "
-                f"(data.max_unusable is {allowed:.0%}), most of them because of: "
-                f"{reasons.most_common(1)[0][0]}. {self.quarantine.path} names them. Mend that and "
-                f"go on from the last checkpoint with\n    {self.go_on}"
-            )
+            raise RunFailed(images_gone(unusable, allowed, self.quarantine, self.go_on))
 
     # ---- Epochs ---------------------------------------------------------------------------------
 
@@ -400,26 +374,13 @@ class Job:
         self.telemetry.close()
 
 
-def _per_rank(batch_size: int, world: World, name: str, parts: int = 1) -> int:
-    if batch_size % (world.world_size * parts):
-        among = f"{world.world_size} ranks" + (f" in {parts} parts each" if parts > 1 else "")
-        raise ValueError(f"{name} is {batch_size}, which {among} cannot share out evenly")
-    return batch_size // world.world_size
-
-
-def _collective_timeout(train: TrainConfig) -> timedelta | None:
-    """A minute longer than the watchdog waits, which can say more."""
-    limits = train.first_step_timeout, train.step_timeout
-    return timedelta(seconds=max(limits) + 60) if all(limits) else None
-
-
 def run(config: RunConfig) -> int:
     """Runs a job on this rank.
 
     Returns:
         The process's exit status: `exit_status`.
     """
-    with distributed(config.device, _collective_timeout(config.train)) as world:
+    with distributed(config.device, collective_timeout(config.train)) as world:
         job = Job(config, world, run_folder(config, world))
         stop = StopRequest()
         at_end = partial(job.fail, any_rank=True)

@@ -1,11 +1,13 @@
 """What a run says: sentences and lines, for people."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mentorch.engine.config import RunConfig
 from mentorch.engine.data.datasets import Datasets, bad_files
+from mentorch.engine.data.quarantine import Quarantine
 from mentorch.engine.spade import Spade
 
 
@@ -64,4 +66,26 @@ def skipped_line(skipped: float, named: Sequence[Mapping[str, Any]], path: Path)
     return (
         f"gradients were not finite: {skipped:.0f} steps skipped on all ranks, because of {shown}"
         f"{more}; {path} names them"
+    )
+
+
+def too_many_skipped(skipped: float, spade: Spade, path: Path, go_on: str) -> str:
+    """Why a run ends whose gradients are not finite, and what may help."""
+    return (
+        f"the gradients of {skipped:.0f} steps in short order were not finite (train.max_skipped "
+        f"is {spade.config.train.max_skipped}), the last before step {spade.step_count + 1:,}. "
+        f"{path} names their samples. The weights are as they were before. A lower optim.lr, "
+        "optim.clip_norm or train.precision bf16 may help; go on from the last checkpoint with\n"
+        f"    {go_on}"
+    )
+
+
+def images_gone(unusable: float, allowed: float, quarantine: Quarantine, go_on: str) -> str:
+    """Why a run ends whose images are gone."""
+    reasons = Counter(u.reason for u in quarantine.found.values())
+    return (
+        f"{unusable:.0%} of the images since the last line of metrics could not be used "
+        f"(data.max_unusable is {allowed:.0%}), most of them because of: "
+        f"{reasons.most_common(1)[0][0]}. {quarantine.path} names them. Mend that and go on from "
+        f"the last checkpoint with\n    {go_on}"
     )

@@ -70,14 +70,14 @@ def _signal(number):
 def test_a_signal_to_any_rank_stops_all_of_them_within_two_steps(
     config, at_step, ranks, number, monkeypatch, tmp_path
 ):
-    at_step(6, _signal(number), rank=1)
+    at_step(5, _signal(number), rank=1)
     group = ranks(run, config)
     group.results()
     assert group.wait() == [0, 0]
     status = read_status(config.folder)
     assert status["state"] == "stopped"
     assert status["reason"] == number.name
-    assert 6 <= status["step"] == status["checkpoint"] <= 8
+    assert 5 <= status["step"] == status["checkpoint"] <= 7
     monkeypatch.undo()
 
     whole = replace(config, folder=tmp_path / "whole")
