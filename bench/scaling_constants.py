@@ -44,7 +44,7 @@ CONSTANTS = {
         f"{_HERE}: 287 µs an all-reduce of 2 ranks, loopback "
         "(two servers, TCP, 1 KB: 354 µs, pytorch/gloo issue 158)",
     ),
-    "gloo_hop_fast": Constant(25e-6, "s", "assumed: the best that TCP between hosts may do"),
+    "flag_ranks": Constant(128, "ranks a step", "engine/agreement.py, _RANKS_A_STEP"),
     "decode_cpu": Constant(4.78e-3, "core s an image", "measured: bench/RESULTS.md"),
     "host_cores": Constant(112, "1", "DGX SuperPOD reference architecture, H100: 2 × 56"),
     "host_memory": Constant(2e12, "bytes", "MLPerf Inference 3.1, Dell XE9680 with 8 H100"),
@@ -56,9 +56,14 @@ CONSTANTS = {
     "order_small_up_to": Constant(4e6, "samples", "as the two before"),
     "index_rank": Constant(1.82e-6, "s a row", "measured: bench/RESULTS.md, 4.37 s for 2.4 M"),
     "index_peak": Constant(216, "bytes a row", f"{_HERE}: 1.04 GB for 4.8 M, a rank"),
-    "path_bytes": Constant(31, "bytes", "bench/index_steps.py: google/q0001/ and 18 letters"),
     "sha256": Constant(0.9e9, "bytes/s", f"{_HERE}: 256 MB, one core"),
     "write": Constant(0.5e9, "bytes/s", f"{_HERE}: 256 MB with fsync, local disk"),
+    "read_back": Constant(
+        0.7e9, "bytes/s", f"{_HERE}: CPU time 0.37 s for 256 MB, compared with what was written"
+    ),
+    "resume_hashes": Constant(
+        3, "1", "engine/job.py: when chosen, when loaded; by rank 0 the two others that are kept"
+    ),
     "to_host": Constant(10e9, "bytes/s", f"assumed, pageable memory (pinned: 46.8, {_VOLTAGE})"),
     "failures": Constant(
         419 / (54 * 24 * 16_384),

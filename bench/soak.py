@@ -12,6 +12,7 @@ else runs meanwhile; nothing here says anything about GPUs).
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -130,6 +131,7 @@ def _short(value: Any) -> str:
 
 def main() -> int:
     """What the command line asks for."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the ranks
     app = tyro.extras.SubcommandApp()
     app.command(kills)
     app.command(restarts)

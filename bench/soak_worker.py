@@ -18,11 +18,13 @@ ALIVE = time.monotonic()  # before the imports, which take seconds
 import json  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Iterable, Iterator  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
+from unittest import mock  # noqa: E402
 
 from mentorch.engine import job  # noqa: E402
+from mentorch.engine.checkpoint_choice import choose_checkpoint  # noqa: E402
 from mentorch.engine.config import RunConfig, load_config  # noqa: E402
 from mentorch.engine.data.pipelines import Batch  # noqa: E402
 from mentorch.engine.distributed import World  # noqa: E402
@@ -49,30 +51,33 @@ class Notes:
 
 
 def train(config: RunConfig, notes: Notes) -> int:
-    """Runs the job on this rank and notes what it does; the process is for nothing else.
+    """Runs the job on this rank and notes what it does.
 
     Returns:
         The process's exit status.
     """
-    choose, steps = job.choose_checkpoint, Spade.train
+    steps = Spade.train
 
     def noted_choice(folder: Path, world: World) -> tuple[Path | None, list[str]]:
-        found, said = choose(folder, world)
+        found, said = choose_checkpoint(folder, world)
         notes.add("resumed", checkpoint=found and found.name, said=said)
         return found, said
 
-    def noted_batches(spade: Spade, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def noted_batches(spade: Spade, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
             notes.add("taken", step=spade.step_count + 1, ids=batch.sample_ids.tolist())
             yield batch
 
-    def noted_steps(spade: Spade, batches: Iterable[Batch]) -> Iterator[int]:
+    def noted_steps(spade: Spade, batches: Iterator[Batch]) -> Iterator[int]:
         for step in steps(spade, noted_batches(spade, batches)):
             notes.add("done", step=step)
             yield step
 
-    job.choose_checkpoint, Spade.train = noted_choice, noted_steps  # type: ignore[method-assign]
-    return job.run(config)
+    with (
+        mock.patch.object(job, "choose_checkpoint", noted_choice),
+        mock.patch.object(Spade, "train", noted_steps),
+    ):
+        return job.run(config)
 
 
 def main() -> int:

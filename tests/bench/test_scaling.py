@@ -10,9 +10,11 @@ import pytest
 import scaling
 import scaling_model
 from scaling_constants import CONSTANTS, value
-from scaling_model import Setup, efficiency, lost, step_s, terms
+from scaling_model import Setup, efficiency, flag_steps, lost, step_s, terms
 
-from mentorch.engine.config import ParallelConfig
+from mentorch.engine import agreement
+from mentorch.engine.config import ParallelConfig, TrainConfig
+from mentorch.engine.distributed import World
 from mentorch.kernels import ledger, weigh
 
 PAGE = (scaling.DOCS / "scaling.md").read_text(encoding="utf-8")
@@ -39,12 +41,14 @@ def test_every_constant_has_a_unit_and_a_source_and_no_speed_of_ours_passes_for_
         assert CONSTANTS[name].source.startswith("assumed")
 
 
-def test_bytes_are_those_of_the_code():
+def test_bytes_and_counts_are_those_of_the_code():
     per_sample = scaling_model.checkpoint_bytes(1) - scaling_model.checkpoint_bytes(0)
     assert per_sample == ledger.ROW_BYTES
     assert scaling_model.device_bytes(1) == ledger.ROW_BYTES + 2 * 8  # two int64 labels
     assert value("percentile_keys") == weigh._MOST_KEYS
     assert value("bucket") == ParallelConfig().bucket_mb * 2**20
+    assert value("flag_ranks") == agreement._RANKS_A_STEP
+    assert value("resume_hashes") == 2 + TrainConfig().keep_checkpoints  # chosen, loaded, others
 
 
 @pytest.mark.parametrize("gpus", [1, 8, 9, 1024])
@@ -61,7 +65,7 @@ def test_one_gpu_waits_for_nobody():
 
 
 def test_more_gpus_are_never_more_efficient():
-    found = [efficiency(Setup(gpus=2**n), as_built=False) for n in range(13)]
+    found = [efficiency(Setup(gpus=2**n)) for n in range(13)]
     assert found == sorted(found, reverse=True)
     assert found[-1] < found[0]
 
@@ -92,15 +96,41 @@ def test_a_slow_network_shows_what_backward_does_not_hide():
 def test_lagged_takes_the_gather_off_the_step():
     parts = terms(Setup(gpus=1024, lagged=True))
     assert parts["gather"] == parts["percentile"] == 0
-    assert step_s(Setup(gpus=1024, lagged=True), as_built=False) < step_s(
-        Setup(gpus=1024), as_built=False
-    )
+    assert step_s(Setup(gpus=1024, lagged=True)) < step_s(Setup(gpus=1024))
 
 
-def test_the_flags_are_waited_for_where_the_table_says():
-    (gpus,) = [n for name, n in scaling_model.gpu_limits() if name.startswith("flags: their")]
-    assert terms(Setup(gpus=math.floor(gpus) - 1))["flags"] == 0
-    assert terms(Setup(gpus=math.ceil(gpus) + 1))["flags"] > 0
+def test_flags_have_more_steps_of_time_where_they_go_round_more_ranks():
+    hidden = [terms(Setup(gpus=2**n, rate=value("rate_high")))["flags"] for n in range(17)]
+    assert set(hidden) == {0.0}  # 64 images take longer than 256 hops, a ring's share of a step
+    parts = terms(Setup(gpus=1024, batch=8))  # the shortest step: launches
+    rest = sum(parts.values()) - parts["flags"]
+    assert parts["flags"] == pytest.approx((2 * 1023 * value("gloo_hop") - 8 * rest) / 8)
+    assert parts["flags"] > 0
+
+
+# One exchange a step up to 128 ranks, one every second step from there on, the page's largest run.
+@pytest.mark.parametrize(("gpus", "k"), [(2, 1), (128, 1), (129, 2), (1024, 8)])
+def test_a_stop_comes_k_to_2_k_minus_1_steps_later(monkeypatch, gpus, k):
+    class Work:
+        def wait(self) -> None: ...
+
+    monkeypatch.setattr(agreement.dist, "all_reduce", lambda *_, **__: Work())
+    found = []
+    for asked in range(1, 2 * k + 1):  # at every place between two exchanges
+        flags = agreement.Agreement(World(world_size=gpus), "stop")
+        heard = (n for n in range(1, 99) if flags.exchange(n >= asked)["stop"])
+        found.append(next(heard) - asked)
+    assert flag_steps(Setup(gpus=gpus)) == k
+    assert (min(found), max(found)) == (k, 2 * k - 1)
+
+
+def test_a_resumption_hashes_and_a_checkpoint_is_read_back():
+    bytes_ = scaling_model.checkpoint_bytes(10**9)
+    s = Setup(gpus=1024, samples=10**9)
+    hashing = scaling_model.resume_s(s) - scaling_model.read_s(s)
+    assert hashing == pytest.approx(4 * bytes_ / value("sha256"))
+    left = scaling_model.written_s(10**9) - bytes_ / value("write") - bytes_ / value("sha256")
+    assert left == pytest.approx(bytes_ / value("read_back"))
 
 
 def test_limits_come_in_order_and_first_finds_them():

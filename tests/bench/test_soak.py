@@ -14,11 +14,21 @@ import pytest
 import soak
 import torch
 from soak_compare import difference, order_difference, tree_difference
-from soak_kills import CUT, CUT_DELETING, CUT_POINTER, MOMENTS, UNNAMED, Soak, left_behind
+from soak_kills import (
+    CUT,
+    CUT_DELETING,
+    CUT_POINTER,
+    MOMENTS,
+    UNNAMED,
+    Soak,
+    _strange_notes,
+    left_behind,
+)
 from soak_restarts import Restarts
 from soak_runs import Place, SoakFailed
 
 from mentorch.engine import job
+from mentorch.engine.checkpoint_files import pointed
 
 EPOCHS = 2  # the fewest in which a kill may fall into an epoch that is not the first
 
@@ -121,6 +131,17 @@ def test_what_a_broken_off_write_leaves_is_recognised(tmp_path):
     (tmp_path / ".step-00000002.old").mkdir()
     (tmp_path / ".step-00000009.tmp").mkdir()
     assert set(left_behind(tmp_path)) == {CUT, CUT_POINTER, CUT_DELETING, UNNAMED}
+
+
+def test_a_note_on_a_damaged_checkpoint_is_strange_after_a_kill(tmp_path):
+    """A missing ``latest`` is not: the kill came before the first one."""
+    _, missing = pointed(tmp_path, "latest")
+    (tmp_path / "latest").write_text("step-00000003\n")
+    _, dangling = pointed(tmp_path, "latest")
+    notes = [{"what": "taken"}, {"what": "resumed", "said": [f"{missing}; the newest is taken"]}]
+    assert not _strange_notes(notes)
+    notes[-1]["said"].append(dangling)
+    assert _strange_notes(notes) == dangling
 
 
 def test_a_whole_checkpoint_too_many_set_aside_is_a_leak(tmp_path):
