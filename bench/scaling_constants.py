@@ -62,7 +62,7 @@ CONSTANTS = {
         0.7e9, "bytes/s", f"{_HERE}: CPU time 0.37 s for 256 MB, compared with what was written"
     ),
     "resume_hashes": Constant(
-        3, "1", "engine/job.py: when chosen, when loaded; by rank 0 the two others that are kept"
+        4, "1", "engine/job.py: when chosen, when loaded; by rank 0 the two others that are kept"
     ),
     "to_host": Constant(10e9, "bytes/s", f"assumed, pageable memory (pinned: 46.8, {_VOLTAGE})"),
     "failures": Constant(

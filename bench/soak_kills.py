@@ -25,10 +25,9 @@ from mentorch.engine.config import RunConfig
 EPOCHS = 4
 MOMENTS = {"start-up": 15, "training": 35, "writing": 35, "latest moved": 15}
 """When to kill, and what share of the kills that is (%)."""
-_SURVIVORS_S = 60.0  # for ranks whose neighbour was killed to end by themselves
-_JOINING_S = (
-    2.0  # the same at start-up, where they wait for a late rank for minutes, as they should
-)
+# For ranks whose neighbour was killed to end by themselves; at start-up they wait for it
+# for minutes, and it takes a launcher to end them.
+_SURVIVORS_S, _JOINING_S = 60.0, 2.0
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Agreement:
         self._calls = 0
 
     def exchange(self, *flags: bool) -> dict[str, bool]:
-        """What was raised on any rank when last asked, a step ago; alone, by this very call.
+        """What was raised on any rank when last sent, a step ago or more; alone, by this very call.
 
         Args:
             flags: what this rank raises, by the order of the names; it goes on raising them.

@@ -160,9 +160,9 @@ class Spade:
         if optim.scale_weight_decay:
             add_weight_decay(self.student, optim.weight_decay, trust, self.world.world_size)
         step_unless(~finite, self.optimizer, self.scaler)
-        if self.average:
-            self.average.update(self.student, step=self.step_count + 1)
         self.guard.end(self.step_count, finite)
+        if self.average:  # after that: it averages the running statistics too
+            self.average.update(self.student, step=self.step_count + 1)
         self._of_steps += torch.stack([norm.where(finite, 0), torch.ones_like(norm), ~finite])
 
     def _clip(self, largest: float) -> Tensor:
