@@ -88,15 +88,16 @@ def _soak(
     if min(plan[:2]) < 1 or minutes <= 0:
         raise ValueError(f"kills {plan[0]}, ranks {plan[1]}, minutes {minutes}: must be above 0")
     folder = out or Path(tempfile.mkdtemp(prefix=f"soak-{name}-"))
-    load, started = os.getloadavg()[0], time.monotonic()
+    before = {"environment": _environment(), "load_before": os.getloadavg()[0]}
+    started = time.monotonic()
     try:
         report = kind(folder.resolve(), *plan, end=started + 60 * minutes).run()
     except SoakFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    report |= {"took_s": time.monotonic() - started, "load_before": load}
-    _write(results / f"{name}.json", name, report)
+    report["took_s"] = time.monotonic() - started
     print(_table(report))
+    _write(results / f"{name}.json", name, before | report)
     shutil.rmtree(folder)
     if report["kills"] < plan[0]:
         print(f"error: {minutes} minutes were not enough for {plan[0]} kills", file=sys.stderr)
@@ -106,14 +107,14 @@ def _soak(
 def _write(path: Path, name: str, report: dict[str, Any]) -> None:
     """Puts a result into a file, beside those of other numbers of ranks."""
     file = json.loads(path.read_text()) if path.is_file() else {"subject": f"soak {name}"}
-    environment = describe_environment(torch.device("cpu")) | {"cores": os.cpu_count()}
-    file[f"{report['ranks']} ranks"] = {
-        "date": date.today().isoformat(),
-        "environment": environment,
-        **report,
-    }
+    file[f"{report['ranks']} ranks"] = report
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(file, indent=2) + "\n")
+
+
+def _environment() -> dict[str, Any]:
+    here = {"date": date.today().isoformat(), "cores": os.cpu_count()}
+    return here | describe_environment(torch.device("cpu"))
 
 
 def _table(report: dict[str, Any]) -> str:

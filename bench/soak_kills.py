@@ -64,7 +64,6 @@ class Soak:
         seed: of the moments, and of the runs.
         end: when to stop killing (`time.monotonic`).
         say: told of every kill.
-        epochs: of each run.
     """
 
     out: Path
@@ -73,7 +72,6 @@ class Soak:
     seed: int
     end: float
     say: Callable[[str], None] = runs.say
-    epochs: int = field(default_factory=lambda: EPOCHS)
     struck: list[Struck] = field(default_factory=list)
     set_aside: int = 0
     said: Counter[str] = field(default_factory=Counter)
@@ -105,7 +103,7 @@ class Soak:
         return len(self.struck) < self.kills and time.monotonic() < self.end
 
     def _config(self, name: str) -> RunConfig:
-        return runs.config(self.digits, self.epochs, self.seed, folder=self.out / name)
+        return runs.config(self.digits, EPOCHS, self.seed, folder=self.out / name)
 
     def _until_finished(self, run: RunConfig, place: Place) -> None:
         assert run.folder is not None

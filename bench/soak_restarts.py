@@ -150,8 +150,12 @@ class Restarts:
         until = until or min(time.monotonic() + _EXPECTED_S, self.end)
         while not condition():
             if torchrun.poll() is not None or time.monotonic() > until:
-                came_back = f"{len(self.step_s)} of {self.kills} restarts came back"
-                raise SoakFailed(f"{came_back}, this one did not: {place.log}")
+                attempt = max((note["attempt"] for note in place.all(self.ranks)), default=0)
+                how = "too slow" if torchrun.poll() is None else f"torchrun: {torchrun.returncode}"
+                raise SoakFailed(
+                    f"{len(self.step_s)} of {self.kills} restarts came back; attempt {attempt} did "
+                    f"not get on ({how}): {place.log}"
+                )
             time.sleep(0.02)
 
     def _report(self, epochs: int) -> dict[str, Any]:

@@ -167,7 +167,8 @@ def _lstm_ref(weights: LstmWeights, steps_BT2: Tensor, output: str) -> Tensor:
     for step_B2 in steps_BT2.unbind(1):
         absent_B1 = step_B2[:, :1].isnan()
         # Filled, because the gradient of what `where` leaves out is 0 · NaN.
-        gates = step_B2.masked_fill(absent_B1, 0.0) @ weights.weight_ih.T + h @ weights.weight_hh.T + weights.bias
+        there_B2 = step_B2.masked_fill(absent_B1, 0.0)
+        gates = there_B2 @ weights.weight_ih.T + h @ weights.weight_hh.T + weights.bias
         i, f, g, o = gates.chunk(4, dim=1)
         new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = torch.where(absent_B1, h, o.sigmoid() * new_c.tanh())
