@@ -93,7 +93,8 @@ def create_criterion(
         ValueError: an unknown name, or options that do not go together.
     """
     group = dist.group.WORLD if config.percentile_over == "global" else None
-    if group is None and (config.trusted or config.weight_lr or config.history_steps > 1):
+    by_sample = config.trusted or config.weight_lr or config.history_steps > 1
+    if config.percentile_over == "local" and by_sample:
         raise ValueError(
             "percentile_over='local' does not go with trusted, weight_lr or history_steps: what is "
             "known about a sample must be the same on every rank; take 'global'"

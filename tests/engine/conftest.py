@@ -1,6 +1,7 @@
 """The embedded data set and a run small enough for tests."""
 
 import contextlib
+import gc
 import io
 import multiprocessing
 import os
@@ -75,6 +76,7 @@ def without_evaluation(small_run) -> RunConfig:
 
 def _be_a_rank(rank, world_size, port, function, arguments, results):
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+    gc.freeze()  # what the test's process has left behind (pipelines, groups) is not ours to end
     there = {"LOCAL_WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in (here | there).items()}
     pickled = io.BytesIO()  # by bytes: shared memory would end with this process

@@ -1,6 +1,7 @@
 """Whole runs that something happens to: signals, hanging ranks, full disks, NaN."""
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -98,6 +99,7 @@ def test_a_stopped_run_is_no_failure_where_torchrun_would_restart_it(config, at_
 
 def _launch(config, pids):
     """Starts a run as a launcher does, and waits."""
+    gc.freeze()  # see `ranks`
     os.environ["TORCHELASTIC_RUN_ID"] = "job-1"
     worker = multiprocessing.get_context("fork").Process(target=run, args=(config,))
     worker.start()
