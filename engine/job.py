@@ -271,6 +271,8 @@ class Job:
         if owed := [name for name in self.datasets.evaluate if name not in done]:
             self._evaluate(epoch, saved=True, names=owed)
             self.telemetry.restart_clock()
+        elif self._is_best():  # the line of metrics was written before the checkpoint was marked
+            self.saver.mark_best(step)
 
     def _evaluate(self, epoch: int, saved: bool, names: Collection[str]) -> None:
         """Evaluates on sets; the best by top-1 on the first of all is kept as a checkpoint."""
@@ -293,11 +295,15 @@ class Job:
                 f"epoch {epoch}  {name}: top-1 {accuracy.top1:.4f}  top-5 {accuracy.top5:.4f}  "
                 f"on {accuracy.images:,} images"
             )
-        first = next(iter(self.datasets.evaluate), None)
-        if first and self.scores.best[first]["step"] == spade.step_count:
+        if self._is_best():
             if not saved:
                 self._save()
             self.saver.mark_best(spade.step_count)
+
+    def _is_best(self) -> bool:
+        """Whether this step's top-1 on the first validation set is the best so far."""
+        best = self.scores.best.get(next(iter(self.datasets.evaluate), ""))
+        return best is not None and best["step"] == self.spade.step_count
 
     def _save(self) -> None:
         """Copies what a checkpoint holds; it is written while training goes on."""

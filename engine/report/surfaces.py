@@ -1,6 +1,5 @@
 """The run's curriculum as a picture: the weight over loss and loss difference."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ def curriculum_of(run: Run) -> Curriculum | None:
         return _learned(run)
     nothing = torch.zeros(1, dtype=torch.int64)
     criterion = create_criterion(
-        replace(config, percentile_over="local"),
+        config,
         labels_N=nothing, clean_labels_N=nothing, sample_ids=nothing, num_classes=1, total_steps=1,
     )  # fmt: skip
     assert isinstance(criterion, Reweight)

@@ -1,6 +1,7 @@
 """The engine trains, stops, resumes and evaluates: whole runs of a small student on the digits."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -146,9 +147,30 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(small_run, tmp_path, monk
     monkeypatch.undo()
     assert run(cut) == 0
     assert_same_run(only_run(whole), cut.folder)
-    assert (cut.folder / "checkpoints" / "best").read_text() == (
-        only_run(whole) / "checkpoints" / "best"
-    ).read_text()
+    best = only_run(whole) / "checkpoints" / "best"
+    assert (cut.folder / "checkpoints" / "best").read_text() == best.read_text()
+
+
+def test_a_best_checkpoint_that_was_not_marked_yet_is_marked(small_run, tmp_path, monkeypatch):
+    """Killed between the evaluation's line of metrics and that."""
+    whole = replace(small_run, folder=tmp_path / "whole")
+    assert run(whole) == 0
+
+    def die(self, step):
+        self._writer.wait()
+        os._exit(9)
+
+    monkeypatch.setattr(job_module.Saver, "mark_best", die)
+    cut = replace(small_run, folder=tmp_path / "cut")
+    killed = multiprocessing.get_context("fork").Process(target=run, args=(cut,))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == 9
+    monkeypatch.undo()
+    marks = [f / "checkpoints" / "best" for f in (whole.folder, cut.folder)]
+    assert not marks[1].exists()
+    assert run(replace(cut, train=replace(cut.train, epochs=1))) == 0
+    assert marks[1].read_text() == "step-00000012\n"
 
 
 def test_a_folder_is_started_in_and_gone_on_in(without_evaluation, tmp_path, stop_after, capsys):
