@@ -25,7 +25,8 @@ class Setup:
         rate: images/s of one GPU by itself.
         samples: N.
         gradient_bytes: of one gradient: 4 for fp32, 2 for bf16.
-        lagged: whether losses are compared with ℓ_pt before their batch.
+        lagged: losses are compared with ℓ_pt before their batch, and the engine does not wait for
+            the others' then (today it does).
         bus: bandwidth of a bucket's all-reduce, bytes/s; 0 takes what the sources say.
     """
 
