@@ -77,7 +77,7 @@ class Bootstrap(Baseline):
         """Eq. 6 and 7; the soft target is differentiated too."""
         p_BC = log_p_BC.exp()
         if self.kind == "hard":
-            p_BC = F.one_hot(p_BC.argmax(1), p_BC.shape[1]).to(p_BC.dtype)
+            p_BC = torch.zeros_like(p_BC).scatter_(1, p_BC.argmax(1, keepdim=True), 1.0)
         of_label = F.nll_loss(log_p_BC, labels_B, reduction="none")
         of_opinion = -(p_BC * log_p_BC).sum(1)
         agreement = p_BC.gather(1, labels_B.unsqueeze(1)).squeeze(1)

@@ -53,16 +53,19 @@ class StepGuard:
         if self._buffers is not None and self._kept is not None:
             self._kept.copy_(self._buffers)
 
-    def note(self, step: int, sample_ids: Tensor, sample_loss: Tensor) -> None:
-        """A batch of the step."""
-        self._batches.append((step, sample_ids, sample_loss))
-
     @torch.no_grad()
-    def end(self, step: int, finite: Tensor) -> None:
+    def end(self, finite: Tensor) -> None:
         """After its backward pass; ``finite``: 0-d bool, whether the gradients are."""
-        self._finite.append((step, finite))
         if self._buffers is not None and self._kept is not None:
             torch.where(finite, self._buffers, self._kept, out=self._buffers)
+
+    def note(self, step: int, sample_ids: Tensor, sample_loss: Tensor) -> None:
+        """A batch of a step that was taken."""
+        self._batches.append((step, sample_ids, sample_loss))
+
+    def noted(self, step: int, finite: Tensor) -> None:
+        """All batches of the step are noted, and its gradients were ``finite`` or not."""
+        self._finite.append((step, finite))
 
     def forget(self) -> None:
         """All steps so far have been told of, or were good."""

@@ -30,7 +30,7 @@ def synchronise_batch_norms(student: nn.Module, config: ParallelConfig, world: W
 
 
 def replicate(
-    student: nn.Module, config: ParallelConfig, world: World, accumulates: bool = False
+    student: nn.Module, config: ParallelConfig, world: World, changes: bool = False
 ) -> nn.Module:
     """The student with its gradients averaged over the ranks, bucket by bucket during backward.
 
@@ -39,8 +39,9 @@ def replicate(
       statistics, and the main rank's are shared where somebody does (`share_buffers`). torch 2.15
       has another name for that, which 2.11 has not.
     - A static graph lets DDP skip its search for unused parameters, and take students that have
-      some, as long as they are the same in every step. Where gradients accumulate it is off:
-      a first backward pass without an exchange (`no_sync`) breaks an assertion inside DDP.
+      some, as long as they are the same in every step. Where that ``changes`` it is off: if
+      gradients accumulate (a first backward pass under `no_sync` breaks an assertion inside DDP),
+      and for a compiled student, whose graph DDP cuts at its buckets.
     """
     if world.world_size == 1:
         return student
@@ -52,7 +53,7 @@ def replicate(
             broadcast_buffers=False,
             bucket_cap_mb=config.bucket_mb,
             gradient_as_bucket_view=True,
-            static_graph=config.static_graph and not accumulates,
+            static_graph=config.static_graph and not changes,
         )
     if config.gradients == "bf16":
         replica.register_comm_hook(None, bf16_compress_hook)

@@ -5,14 +5,15 @@ The numbers in the comments are the algorithm's lines.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mentorch.engine.averaging import WeightAverage
 from mentorch.engine.config import RunConfig
 from mentorch.engine.criteria import IGNORED
 from mentorch.engine.criterion import Criterion
@@ -23,23 +24,21 @@ from mentorch.engine.optim import (
     add_weight_decay,
     create_optimizer,
     learning_rate,
+    load_optimizer_state,
+    optimizer_state,
     set_learning_rate,
     step_unless,
 )
 from mentorch.engine.parallel import replicate, synchronise_batch_norms
+from mentorch.engine.step_engine import Captured, CudaGraph, Step, compiled, why_not_captured
 from mentorch.engine.student import autocast_dtype, forward
+from mentorch.engine.tally import Tally, sum_of_weights
 from mentorch.engine.watchdog import Progress
 from mentorch.kernels.reweight import Reweighted
 
 Observer = Callable[[Tensor, Tensor, Tensor, Reweighted], None]
 """Sees every step: sample ids [B] (−1: no sample), logits [B, C], given labels [B] and what the
-criterion found."""
-
-USED = 0.001  # a weight above this counts as used, as in the released code's data utilisation
-# Sums over samples, then the counts they are divided by.
-SUMS = ("loss", "weighted_loss", "mean_weight", "data_utilization", "weight_right", "weight_wrong")
-COUNTS = ("samples", "right", "wrong", "labelled", "rows")
-OF_STEPS = ("grad_norm", "steps", "skipped")  # the same on every rank
+criterion found. It works on the device, in place: in a captured step Python calls it only once."""
 
 
 class Spade:
@@ -79,8 +78,8 @@ class Spade:
         self.student = synchronise_batch_norms(student, config.parallel, world)
         self.guard = StepGuard(self.student)
         torch.manual_seed(config.seed + world.rank)  # each rank its own dropout
-        accumulates = config.train.accumulate > 1
-        self.replica = replicate(self.student, config.parallel, world, accumulates)
+        changes = config.train.accumulate > 1 or config.train.engine.startswith("compile")
+        self.replica = replicate(self.student, config.parallel, world, changes)
         self.normalise, self.criterion = normalise, criterion
         self.observers, self.progress = observers, progress or Progress()
         self.optimizer = create_optimizer(config.optim, self.student, criterion)
@@ -88,11 +87,14 @@ class Spade:
             world.device.type, enabled=self.dtype == torch.float16, init_scale=2.0**12
         )
         decay = config.optim.average_decay
-        self.average = ModelEmaV3(self.student, decay, use_warmup=True) if decay else None
+        self.average = WeightAverage(self.student, decay) if decay else None
+        self.tally = Tally(world.device)
         self.step_count = 0  # t
-        sums = len(SUMS) + len(COUNTS)
-        self._sums = torch.zeros(sums, dtype=torch.float64, device=world.device)
-        self._of_steps = self._sums.new_zeros(len(OF_STEPS))
+        self._lr = config.optim.lr
+        self.news: list[str] = []  # about how steps are run, for whoever talks to people
+        self._prepared = False
+        self._forward: Callable[[Tensor], Tensor] = self._forward_eager
+        self._engine: Step = self._on_device
 
     @property
     def trained(self) -> nn.Module:
@@ -116,16 +118,74 @@ class Spade:
             yield self.step_count
 
     def _step(self, batch: Batch) -> None:
+        """What of a step the host decides; the rest is `_on_device`."""
+        self._prepare(batch)
+        self._learn_curriculum()
+        self._lr = self.lr
+        set_learning_rate(self.optimizer, self._lr)
+        if self.average:
+            self.average.prepare(self.step_count)
+        finite, *losses = self._engine(batch.images, batch.sample_ids)
+        parts = self.config.train.accumulate
+        for sample_ids, sample_loss in zip(batch.sample_ids.chunk(parts), losses, strict=True):
+            self.guard.note(self.step_count, sample_ids, sample_loss)
+        self.guard.noted(self.step_count, finite)
+
+    def _prepare(self, batch: Batch) -> None:
+        """Before the first step of this process: compiles the student, if that is asked for."""
+        if self._prepared:
+            return
+        self._prepared = True
+        kind = self.config.train.engine
+        if kind.startswith("compile"):
+            with self.progress.during("compiling the student"):
+                images = batch.images.chunk(self.config.train.accumulate)[0]
+                self._forward, why = compiled(self._forward, self.replica, images)
+            # One rank without it would be slower than all others, and differ.
+            if why := next(filter(None, self.world.gather(why)), ""):
+                self._forward = self._forward_eager
+            self.news.append(
+                f"the student is not compiled, and runs eager: {why}"
+                if why
+                else "the student is compiled"
+            )
+        if kind.endswith("graph"):
+            if why := why_not_captured(self.world, self.optimizer):
+                self.news.append(f"the step is not captured in a CUDA graph: {why}")
+                return
+            new_recorder = partial(CudaGraph, self.world.device)
+            self._engine = Captured(self._on_device, new_recorder, self.news.append)
+
+    def _learn_curriculum(self) -> None:
+        parts = self.config.train.accumulate
+        for call in range(self.step_count * parts, (self.step_count + 1) * parts):
+            if self.criterion.learns_at(call):
+                with self.progress.during("learning the curriculum"):
+                    self.criterion.update_curriculum(call)  # lines 5 to 7
+                self._forget_recording()  # it may weigh with other tensors now
+
+    def _forget_recording(self) -> None:
+        if isinstance(self._engine, Captured):
+            self._engine.forget()
+
+    def _on_device(self, images: Tensor, sample_ids: Tensor) -> tuple[Tensor, ...]:
+        """A step's work on the device, the same launches in every step.
+
+        Returns:
+            Whether the gradients were finite, 0-d; the sample losses of every part.
+        """
         self.guard.begin()
         for parameter in self._parameters():
             parameter.grad = None  # what zero_grad does, which apex's optimisers define differently
         parts = self.config.train.accumulate
-        trust = self._sums.new_zeros(2)  # Σ v and the number of samples
+        found = []
         for part in range(parts):
-            images, sample_ids = (rows.chunk(parts)[part] for rows in batch)
             with self._exchange_gradients(last=part == parts - 1):
-                trust += self._backward(images, sample_ids, self.step_count * parts + part)
-        self._update(trust)  # line 12: w ← w − α ∇F
+                found.append(
+                    self._backward(images.chunk(parts)[part], sample_ids.chunk(parts)[part])
+                )
+        finite = self._update(found)  # line 12: w ← w − α ∇F
+        return finite, *(out.sample_loss for out, _ in found)
 
     def _exchange_gradients(self, last: bool) -> AbstractContextManager[None]:
         """Ranks exchange gradients once a step: in the backward pass of its last part."""
@@ -133,37 +193,38 @@ class Spade:
             return self.replica.no_sync()
         return nullcontext()
 
-    def _backward(self, images: Tensor, sample_ids: Tensor, call: int) -> Tensor:
-        """Gradients of a batch, or of a part of one; returns Σ v and the number of samples."""
-        if self.criterion.learns_at(call):
-            with self.progress.during("learning the curriculum"):
-                self.criterion.update_curriculum(call)  # lines 5 to 7
+    def _forward_eager(self, images: Tensor) -> Tensor:
+        return forward(self.replica, self.normalise(images), self.dtype)
+
+    def _backward(self, images: Tensor, sample_ids: Tensor) -> tuple[Reweighted, Tensor]:
+        """Gradients of a batch, or of a part of one; returns what was found, and the labels."""
         labels = self.labels_N[sample_ids.clamp(min=0)].masked_fill(sample_ids < 0, IGNORED)
-        logits = forward(self.replica, self.normalise(images), self.dtype)  # line 4
+        logits = self._forward(images)  # line 4
         out = self.criterion.weigh(logits, labels, sample_ids)  # lines 8 to 11: v
         parts = self.config.train.accumulate
         loss = out.loss if parts == 1 else out.loss / parts  # untouched, it saves a launch
         self.scaler.scale(loss).backward()
-        self._count(out, labels, self.clean_labels_N[sample_ids.clamp(min=0)])
-        self.guard.note(self.step_count, sample_ids, out.sample_loss)
+        self.tally.add_batch(out, labels, self.clean_labels_N[sample_ids.clamp(min=0)])
         for observe in self.observers:
             observe(sample_ids, logits.detach(), labels, out)
-        return torch.stack([out.sample_weight.sum(), (labels != IGNORED).sum()])
+        return out, labels
 
-    def _update(self, trust: Tensor) -> None:
+    def _update(self, found: list[tuple[Reweighted, Tensor]]) -> Tensor:
+        """The optimiser's step; returns whether it was taken, 0-d."""
         optim = self.config.optim
-        set_learning_rate(self.optimizer, self.lr)
         self._average_own_gradients()
         self.scaler.unscale_(self.optimizer)
         norm = self._clip(optim.clip_norm)
         finite = norm.isfinite()
         if optim.scale_weight_decay:
+            trust = torch.stack([sum_of_weights(out, labels) for out, labels in found]).sum(0)
             add_weight_decay(self.student, optim.weight_decay, trust, self.world.world_size)
         step_unless(~finite, self.optimizer, self.scaler)
-        self.guard.end(self.step_count, finite)
+        self.guard.end(finite)
         if self.average:  # after that: it averages the running statistics too
-            self.average.update(self.student, step=self.step_count + 1)
-        self._of_steps += torch.stack([norm.where(finite, 0), torch.ones_like(norm), ~finite])
+            self.average.update(self.student)
+        self.tally.add_step(norm, finite)
+        return finite
 
     def _clip(self, largest: float) -> Tensor:
         """The norm of all gradients, 0-d, before those of the student are scaled down."""
@@ -185,53 +246,12 @@ class Spade:
                     dist.all_reduce(parameter.grad)
                     parameter.grad /= self.world.world_size
 
-    @torch.no_grad()
-    def _count(self, out: Reweighted, labels: Tensor, clean_labels: Tensor) -> None:
-        """Adds a batch to the sums behind the metrics, on the device."""
-        valid = (labels != IGNORED) & out.sample_loss.isfinite() & out.sample_weight.isfinite()
-        loss = out.sample_loss.masked_fill(~valid, 0.0)
-        weight = out.sample_weight.masked_fill(~valid, 0.0)
-        right = valid & (clean_labels == labels)
-        wrong = valid & (clean_labels != labels) & (clean_labels >= 0)
-        parts = [
-            loss.sum(),
-            (weight * loss).sum(),
-            weight.sum(),
-            (weight > USED).sum(),
-            (weight * right).sum(),
-            (weight * wrong).sum(),
-            valid.sum(),
-            right.sum(),
-            wrong.sum(),
-            (labels != IGNORED).sum(),
-            torch.ones_like(valid).sum(),
-        ]
-        self._sums += torch.stack([part.to(torch.float64) for part in parts])
-
     def metrics(self) -> dict[str, float]:
         """Means since the last call over all ranks; the only point at which the host waits."""
-        sums = self._sums.clone()
-        if self.world.world_size > 1:
-            dist.all_reduce(sums)
-        values = torch.cat([sums, self._of_steps]).tolist()
-        totals, counts = values[: len(SUMS)], values[len(SUMS) : len(sums)]
-        samples, right, wrong, labelled, rows = counts
-        norm, steps, skipped = values[len(sums) :]
-        self._sums.zero_()
-        self._of_steps.zero_()
-        divisors = [max(samples, 1)] * 4 + [right, wrong]
-        metrics = {
-            name: total / count
-            for name, total, count in zip(SUMS, totals, divisors, strict=True)
-            if count  # without known clean labels there are no right and wrong ones
-        }
+        metrics = self.tally.read(self.world)
         metrics["loss_moving_avg"] = float(self.criterion.loss_moving_avg)
-        metrics["grad_norm"] = norm / max(steps - skipped, 1)
-        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
-        metrics["rows"] = rows
-        metrics["unusable"] = 1 - labelled / max(rows, 1)  # share of rows without an image
-        metrics["skipped"] = skipped  # steps whose gradients were not finite
-        if not skipped:
+        metrics["lr"] = self._lr
+        if not metrics["skipped"]:
             self.guard.forget()
         return metrics
 
@@ -250,21 +270,18 @@ class Spade:
 
     def state(self) -> dict[str, Any]:
         """Everything else a checkpoint holds that all ranks share; all of them call it."""
-        sums = self._sums.clone()
-        if self.world.world_size > 1:
-            dist.all_reduce(sums)
         return {
             "step": self.step_count,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
             "scaler": self.scaler.state_dict(),
             "criterion": self.criterion.state_dict(),
-            "sums": sums,
-            "of_steps": self._of_steps,
+            "sums": self.tally.of_all_ranks(self.world),
+            "of_steps": self.tally.of_steps,
         }
 
     def own(self) -> dict[str, Tensor]:
         """What is this rank's alone: a local ℓ_pt, its part of the sums behind the metrics."""
-        return {"loss_moving_avg": self.criterion.loss_moving_avg, "sums": self._sums}
+        return {"loss_moving_avg": self.criterion.loss_moving_avg, "sums": self.tally.sums}
 
     def load(
         self, models: dict[str, dict[str, Tensor]], state: dict[str, Any], own: dict[str, Tensor]
@@ -279,19 +296,14 @@ class Spade:
         self.student.load_state_dict(models["model"])
         if self.average:
             self.average.module.load_state_dict(models["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, slots in self.optimizer.state.items():
-            for name, value in slots.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    # In the parameter's memory order, or the fused update would sum in another one.
-                    slots[name] = torch.empty_like(parameter).copy_(value)
+        load_optimizer_state(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.criterion.load_state_dict(state["criterion"])
         if "loss_moving_avg" in own:
             self.criterion.loss_moving_avg.copy_(own["loss_moving_avg"])
-        if "sums" in own:
-            self._sums.copy_(own["sums"])
-        elif self.world.is_main:
-            self._sums.copy_(state["sums"])
-        self._of_steps.copy_(state["of_steps"])
+        sums = own.get("sums", state["sums"] if self.world.is_main else None)
+        if sums is not None and sums.shape == self.tally.sums.shape:  # an older version's are not
+            self.tally.sums.copy_(sums)
+        self.tally.of_steps.copy_(state["of_steps"])
+        self._forget_recording()
         self.step_count = state["step"]

@@ -16,92 +16,14 @@ from mentorch.engine.config import (
     CurriculumConfig,
     OptimConfig,
     ParallelConfig,
-    RunConfig,
     StudentConfig,
     TrainConfig,
 )
-from mentorch.engine.criteria import create_criterion
-from mentorch.engine.data.pipelines import Batch
 from mentorch.engine.distributed import World, distributed
 from mentorch.engine.parallel import flatten_buffers, share_buffers, synchronise_batch_norms
-from mentorch.engine.spade import Spade
 from mentorch.engine.student import create_student
 
-CURVE = ("loss", "weighted_loss", "loss_moving_avg", "weight_right", "weight_wrong")
-N, SIDE, CLASSES, BATCH = 512, 8, 10, 32
-
-
-def _config(device="cpu", **parts):
-    config = RunConfig(
-        device=device,
-        student=StudentConfig(name="small_mlp", drop_rate=0.0),
-        curriculum=CurriculumConfig(name="pd", burn_in=0.2),
-        optim=OptimConfig(lr=0.02, average_decay=0.9, warmup_epochs=0, schedule="constant"),
-        train=TrainConfig(epochs=1, batch_size=BATCH, precision="fp32"),
-    )
-    return replace(config, **parts)
-
-
-def _images():
-    """Every class a pattern of its own, plus noise; a third of the labels is wrong."""
-    generator = torch.Generator().manual_seed(0)
-    clean = torch.arange(N) % CLASSES
-    pattern = torch.randint(0, 200, (CLASSES, SIDE, SIDE, 1), generator=generator)
-    noise = torch.randint(0, 56, (N, SIDE, SIDE, 1), generator=generator)
-    wrong = torch.rand(N, generator=generator) < 0.33
-    labels = torch.where(wrong, torch.randint(0, CLASSES, (N,), generator=generator), clean)
-    return (pattern[clean] + noise).to(torch.uint8), labels, clean
-
-
-class _ToFloat(nn.Module):
-    def forward(self, images):
-        return images.permute(0, 3, 1, 2) / 255 - 0.5
-
-
-def _batches(world, steps, images, parts=1, padding=True):
-    """Global batches that do not depend on the ranks; one id of −1 in each, on the last rank."""
-    generator = torch.Generator().manual_seed(1)
-    share = BATCH // world.world_size
-    for _ in range(steps):
-        ids = torch.randperm(N, generator=generator)[:BATCH]
-        ids[-1] = -1 if padding else ids[-1]
-        mine = ids.view(parts, world.world_size, -1)[:, world.rank].reshape(share)
-        mine = mine.to(world.device)
-        yield Batch(images[mine.clamp(min=0)], mine)
-
-
-def _spade(config, world, steps):
-    images, labels, clean = (tensor.to(world.device) for tensor in _images())
-    torch.manual_seed(config.seed)
-    student = create_student(config.student, CLASSES, world.device, in_chans=1, img_size=SIDE)
-    criterion = create_criterion(
-        config.curriculum,
-        labels_N=labels,
-        clean_labels_N=clean,
-        sample_ids=torch.arange(N, device=world.device),
-        num_classes=CLASSES,
-        total_steps=steps * config.train.accumulate,
-    )
-    spade = Spade(config, student, criterion, _ToFloat(), labels, clean, steps, world)
-    return spade, images
-
-
-def train(config, steps=50, world=None, padding=True):
-    """Losses and ℓ_pt of every step, and what is there at the end."""
-    if world is None:
-        with distributed(config.device) as joined:
-            return train(config, steps, joined, padding)
-    spade, images = _spade(config, world, steps)
-    curve = []
-    for _ in spade.train(_batches(world, steps, images, config.train.accumulate, padding)):
-        metrics = spade.metrics()
-        curve.append([metrics[name] for name in CURVE])
-    state = spade.criterion.state_dict()
-    found = {**spade.models(), "state": state}
-    on_host = {
-        name: {key: tensor.cpu() for key, tensor in part.items()} for name, part in found.items()
-    }
-    return {"curve": torch.tensor(curve, dtype=torch.float64), **on_host}
+from .small_spade import BATCH, batches, config_of, new_spade, train
 
 
 def _assert_same_models(one, other, **tolerance):
@@ -122,7 +44,7 @@ def _assert_same_models(one, other, **tolerance):
 )
 def test_two_ranks_take_the_steps_of_one(ranks, parts, device):
     """The global batch is the same, so is everything else, but for the order of sums."""
-    config = _config(**parts, device=device)
+    config = config_of(**parts, device=device)
     (alone,) = ranks(train, config, world_size=1).results()
     one, two = ranks(train, config).results()
     torch.testing.assert_close(one["curve"], alone["curve"], rtol=1e-4, atol=1e-5)
@@ -135,7 +57,7 @@ def test_two_ranks_take_the_steps_of_one(ranks, parts, device):
 
 def test_a_local_percentile_is_another_one(ranks):
     """Each rank compares its samples with its own: the weights differ from those of one rank."""
-    local = _config(curriculum=CurriculumConfig(name="pd", percentile_over="local", burn_in=0.0))
+    local = config_of(curriculum=CurriculumConfig(name="pd", percentile_over="local", burn_in=0.0))
     as_one = replace(local, curriculum=replace(local.curriculum, percentile_over="global"))
     alone = train(as_one, 20)
     one, two = ranks(train, local, 20).results()
@@ -157,7 +79,7 @@ def test_a_local_percentile_is_another_one(ranks):
 def test_what_a_curriculum_knows_is_the_same_on_every_rank(ranks, curriculum, monkeypatch):
     """A checkpoint is the main rank's, and another rank may see a sample next."""
     monkeypatch.setattr(data_driven, "fit_visits", partial(data_driven.fit_visits, steps=60))
-    config = _config(curriculum=curriculum)
+    config = config_of(curriculum=curriculum)
     one, two = ranks(train, config, 16).results()
     assert one["state"].keys() == two["state"].keys()
     for name, tensor in one["state"].items():
@@ -171,19 +93,19 @@ def test_what_a_curriculum_knows_is_the_same_on_every_rank(ranks, curriculum, mo
 
 def test_the_loss_scale_shrinks_and_is_kept():
     """A scale of 2³⁰ overflows at once: steps are skipped until it fits."""
-    config = _config(train=TrainConfig(epochs=1, batch_size=BATCH, precision="fp16"))
+    config = config_of(train=TrainConfig(epochs=1, batch_size=BATCH, precision="fp16"))
     steps, world = 12, World()
-    spade, images = _spade(config, world, steps)
+    spade, pixels = new_spade(config, world, steps)
     spade.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     start = [p.clone() for p in spade.student.parameters()]
-    batches = _batches(world, steps, images)
-    assert next(spade.train(batches)) == 1
+    of_run = batches(world, steps, pixels)
+    assert next(spade.train(of_run)) == 1
     assert spade.metrics()["skipped"] == 1
     assert all(map(torch.equal, start, spade.student.parameters()))
-    for _ in spade.train(batches):
+    for _ in spade.train(of_run):
         pass
     assert 0 < spade.metrics()["skipped"] < 11
-    again, _ = _spade(config, world, steps)
+    again, _ = new_spade(config, world, steps)
     again.load(spade.models(), spade.state(), spade.own())
     assert again.scaler.get_scale() == spade.scaler.get_scale() < 2.0**30
     assert not any(map(torch.equal, start, spade.student.parameters()))
@@ -191,11 +113,11 @@ def test_the_loss_scale_shrinks_and_is_kept():
 
 def test_a_local_percentile_refuses_what_must_be_shared():
     with pytest.raises(ValueError, match="percentile_over='local' does not go with"):
-        train(_config(curriculum=CurriculumConfig(weight_lr=0.1, percentile_over="local")), 1)
+        train(config_of(curriculum=CurriculumConfig(weight_lr=0.1, percentile_over="local")), 1)
 
 
 def test_half_the_bytes_round_the_gradients(ranks):
-    plain = _config()
+    plain = config_of()
     halved = replace(plain, parallel=ParallelConfig(gradients="bf16", bucket_mb=0.01))
     one, two = ranks(train, halved, 20).results()
     _assert_same_models(one, two, rtol=0, atol=0)
@@ -206,7 +128,7 @@ def test_half_the_bytes_round_the_gradients(ranks):
 
 def test_accumulating_is_the_same_step_where_no_percentile_matters():
     """Plain cross-entropy: the mean of the parts' means, where all parts have all their rows."""
-    plain = _config(curriculum=CurriculumConfig(name="uniform", burn_in=0.0))
+    plain = config_of(curriculum=CurriculumConfig(name="uniform", burn_in=0.0))
     parts = replace(plain, train=replace(plain.train, accumulate=4))
     one, other = train(plain, 10, padding=False), train(parts, 10, padding=False)
     _assert_same_models(one, other, rtol=1e-4, atol=1e-6)
@@ -215,7 +137,7 @@ def test_accumulating_is_the_same_step_where_no_percentile_matters():
 def _syncs(config, steps):
     """How often gradients are exchanged."""
     with distributed("cpu") as world:
-        spade, images = _spade(config, world, steps)
+        spade, pixels = new_spade(config, world, steps)
         calls = []
 
         def count(state, bucket):
@@ -227,17 +149,17 @@ def _syncs(config, steps):
             )
 
         spade.replica.register_comm_hook(None, count)
-        for _ in spade.train(_batches(world, steps, images)):
+        for _ in spade.train(batches(world, steps, pixels)):
             pass
         return len(calls), sum(calls), sum(p.numel() for p in spade.student.parameters())
 
 
 @pytest.mark.parametrize("static_graph", [True, False])
 def test_accumulating_exchanges_gradients_once_a_step(ranks, static_graph):
-    train = TrainConfig(epochs=1, batch_size=BATCH, precision="fp32", accumulate=4)
+    in_parts = TrainConfig(epochs=1, batch_size=BATCH, precision="fp32", accumulate=4)
     parallel = ParallelConfig(static_graph=static_graph)
     (buckets, sent, parameters), _ = ranks(
-        _syncs, _config(train=train, parallel=parallel), 5
+        _syncs, config_of(train=in_parts, parallel=parallel), 5
     ).results()
     assert sent == 5 * parameters
     assert buckets <= 2 * 5
