@@ -15,6 +15,7 @@ import cattrs
 from mentorch.engine.files import replace_text
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Engine = Literal["eager", "compile", "graph", "compile-graph"]
 
 
 def _at_least(config: object, least: float, *names: str) -> None:
@@ -110,12 +111,20 @@ class StudentConfig:
     """The network that is trained (g_s)."""
 
     name: str = "inception_resnet_v2"
-    """A model of timm, or one of ours: mentornet_resnet101, mentornet_inception (the paper's),
-    small_cnn, small_mlp, cifar_resnet20, cifar_resnet32, cifar_resnet56."""
+    """A model of timm, or one of ours: inception_resnet_v2_fast (timm's with less work, for the
+    same weights), mentornet_resnet101, mentornet_inception (the paper's), small_cnn, small_mlp,
+    cifar_resnet20, cifar_resnet32, cifar_resnet56."""
     drop_rate: float = 0.2
     """Dropout before the classifier, share of features."""
     channels_last: bool = True
     """Keep activations in NHWC memory order, which tensor cores want."""
+    fused_norms: bool = False
+    """Batch norm with ReLU, residual and concatenation by this project's kernels (GPUs;
+    inception_resnet_v2_fast only). Off, because which wins has not been measured."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them: less memory, more time.
+    Models of timm with batch norm update its running statistics in both passes, so twice a step
+    (as if momentum were 1 − (1 − momentum)²); inception_resnet_v2_fast does so once."""
     weights: Path | None = None
     """Weights to start a new run from: a .safetensors file, or a state dict that torch.save wrote
     (.pt, .pth, .pth.tar). A classifier of another width is left fresh."""
@@ -198,10 +207,18 @@ class CurriculumConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """SGD with momentum and its schedule."""
+    """The optimiser and its schedule."""
 
+    name: Literal["sgd", "lars", "lamb"] = "sgd"
+    """SGD with momentum; or for batches of many thousands LARS (momentum, too) or LAMB (betas),
+    timm's. Only torch's SGD never waits for the device, and can be captured (`train.engine`)."""
+    trust_coefficient: float = 0.001
+    """Of LARS: how far a layer moves in a step, as a share of its norm, at learning rate 1."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of LAMB: decays of the gradient's mean and mean square."""
     implementation: Literal["auto", "torch", "apex"] = "auto"
-    """NVIDIA apex's FusedSGD or torch's fused SGD; auto takes apex where it is really installed."""
+    """NVIDIA apex's FusedSGD and FusedLAMB, or what comes with torch and timm. auto takes apex's
+    for LAMB where it is really installed, and torch's SGD, which alone never waits."""
     lr: float = 0.1
     """Learning rate after the warm-up, for the whole (global) batch."""
     momentum: float = 0.9
@@ -228,6 +245,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "lr", "momentum", "weight_decay", "warmup_epochs", "clip_norm", "gamma")
+        _at_least(self, 0, "trust_coefficient")
+        for beta in self.betas:
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         if not 0.0 <= self.average_decay < 1.0:
             raise ValueError(f"average_decay must be in [0, 1), got {self.average_decay}")
         for share in self.milestones:
@@ -252,6 +273,10 @@ class TrainConfig:
     precision: Precision = "auto"
     """Of the student's forward and backward pass (autocast): bf16 where the hardware has it, fp16
     (with loss scaling), fp32; auto is bf16 or fp32."""
+    engine: Engine = "eager"
+    """How a step is run: operation by operation (eager); the student's forward and backward pass
+    through torch.compile; the whole step as one CUDA graph, which spares the host its launches; or
+    both. The last two are for one GPU. What cannot be had is said, and eager or compile taken."""
     evaluate_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     checkpoint_every: int = 1
@@ -323,6 +348,9 @@ class RunConfig:
     resume: Path | None = None
     """Run folder to go on with, from its latest checkpoint. Its saved configuration takes the place
     of the defaults, so that nothing else need be given."""
+    profile: int = 0
+    """Steps to trace, soon after the start or restart: `profile` in the run folder then says what
+    they spend their time on (docs/throughput.md). 0 traces none."""
     data: DataConfig = field(default_factory=DataConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
@@ -331,6 +359,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        _at_least(self, 0, "profile")
         if self.resume and self.folder and self.resume != self.folder:
             raise ValueError(f"resume {self.resume} and folder {self.folder} are two run folders")
 
