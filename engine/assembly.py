@@ -33,6 +33,8 @@ def assemble(
         observers: of every step.
         progress: told of what may take long.
     """
+    # Every batch has the same shape: cuDNN may try its algorithms out, once for each convolution.
+    torch.backends.cudnn.benchmark = world.device.type == "cuda"
     samples, classes = data.train, len(data.classes)
     labels = torch.from_numpy(samples.labels_N).to(world.device)
     clean = torch.from_numpy(samples.index.clean_labels()).to(world.device)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mentorch.engine.data.pipelines import Batch
+from mentorch.engine.data.prefetch import prefetched
 from mentorch.engine.distributed import World
 from mentorch.engine.parallel import share_buffers
 from mentorch.engine.student import forward
@@ -53,7 +54,7 @@ def evaluate(
     student.eval()
     share_buffers(student, world)
     total = torch.zeros(3, dtype=torch.int64, device=world.device)
-    for images, sample_ids in batches:
+    for images, sample_ids in prefetched(batches, world.device):
         labels = labels_N[sample_ids.clamp(min=0)].masked_fill(sample_ids < 0, -1)
         logits = forward(student, normalise(images), dtype)
         total += hits(logits, labels)

@@ -18,6 +18,7 @@ from mentorch.engine.config import RunConfig
 from mentorch.engine.criteria import IGNORED
 from mentorch.engine.criterion import Criterion
 from mentorch.engine.data.pipelines import Batch
+from mentorch.engine.data.prefetch import prefetched
 from mentorch.engine.distributed import World
 from mentorch.engine.guard import StepGuard, Suspect
 from mentorch.engine.optim import (
@@ -91,7 +92,8 @@ class Spade:
         self.tally = Tally(world.device)
         self.step_count = 0  # t
         self._lr = config.optim.lr
-        self.news: list[str] = []  # about how steps are run, for whoever talks to people
+        self.news: list[str] = []  # about how steps are run
+        self.say: Callable[[str], None] = lambda line: None  # told it, to tell people
         self._prepared = False
         self._forward: Callable[[Tensor], Tensor] = self._forward_eager
         self._engine: Step = self._on_device
@@ -112,7 +114,7 @@ class Spade:
         """Trains on the batches; yields the number of steps taken so far, after each."""
         self.replica.train()
         self.criterion.train()
-        for batch in batches:  # lines 2 and 3: the loader's order is uniformly random
+        for batch in prefetched(batches, self.world.device):  # lines 2 and 3: in random order
             self._step(batch)
             self.step_count += 1  # line 13
             yield self.step_count
@@ -144,17 +146,21 @@ class Spade:
             # One rank without it would be slower than all others, and differ.
             if why := next(filter(None, self.world.gather(why)), ""):
                 self._forward = self._forward_eager
-            self.news.append(
+            self._tell(
                 f"the student is not compiled, and runs eager: {why}"
                 if why
                 else "the student is compiled"
             )
         if kind.endswith("graph"):
             if why := why_not_captured(self.world, self.optimizer):
-                self.news.append(f"the step is not captured in a CUDA graph: {why}")
+                self._tell(f"the step is not captured in a CUDA graph: {why}")
                 return
             new_recorder = partial(CudaGraph, self.world.device)
-            self._engine = Captured(self._on_device, new_recorder, self.news.append)
+            self._engine = Captured(self._on_device, new_recorder, self._tell)
+
+    def _tell(self, line: str) -> None:
+        self.news.append(line)
+        self.say(line)
 
     def _learn_curriculum(self) -> None:
         parts = self.config.train.accumulate

@@ -2,6 +2,9 @@ import os
 
 # Asked by way of NVML, torch does not open the GPU here: ranks forked from here could not then.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+# torch.compile's own processes are no use to tests that run side by side, and ranks forked beside
+# its threads hang.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch

@@ -93,7 +93,11 @@ def _on_gpu(config: DataConfig) -> dict[str, Any]:
 
 
 def to_torch(output: Any, device: torch.device) -> Tensor:
-    """A copy on the device, ordered on torch's stream: DALI reuses its own buffers."""
+    """A copy on the device, ordered on torch's stream: DALI reuses its own buffers.
+
+    ``run()`` has waited for the output: only so is it known which batch an error belongs to. With
+    batches decoded ahead, and this one asked for ahead (`prefetched`), the device does not wait.
+    """
     from nvidia.dali.plugin.pytorch import feed_ndarray, to_torch_type
 
     on_gpu = "GPU" in type(output).__name__

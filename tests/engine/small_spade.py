@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from timm.models import register_model
 from torch import nn
 
 from mentorch.engine.config import (
@@ -20,6 +21,15 @@ from mentorch.engine.student import create_student
 
 CURVE = ("loss", "weighted_loss", "loss_moving_avg", "weight_right", "weight_wrong")
 N, SIDE, CLASSES, BATCH = 512, 8, 10, 32
+
+
+@register_model
+def tiny_norm(num_classes=10, in_chans=1, drop_rate=0.0, **_of_timm):
+    """A batch norm, and little else that a compiler would have to think about."""
+    return nn.Sequential(
+        nn.Conv2d(in_chans, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+        nn.Linear(8 * (SIDE // 2) ** 2, num_classes),
+    )  # fmt: skip
 
 
 def config_of(device="cpu", **parts):

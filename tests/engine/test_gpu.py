@@ -7,12 +7,21 @@ import pytest
 import torch
 
 from mentorch.engine.cli import parse
-from mentorch.engine.config import RunConfig
-from mentorch.engine.data.pipelines import Loader
+from mentorch.engine.config import (
+    CurriculumConfig,
+    OptimConfig,
+    RunConfig,
+    StudentConfig,
+    TrainConfig,
+)
+from mentorch.engine.data.pipelines import Batch, Loader
+from mentorch.engine.data.prefetch import prefetched
 from mentorch.engine.distributed import World
 from mentorch.engine.job import run
 from mentorch.engine.ledger import Ledger
 from mentorch.engine.reweight import Reweight
+
+from .small_spade import N, batches, config_of, new_spade
 
 pytestmark = pytest.mark.gpu
 
@@ -120,3 +129,93 @@ def test_a_run_on_the_gpu_trains_and_resumes(small_run, capsys):
     arguments = ["--resume", str(folder), "--train.epochs", "3"]
     assert run(parse(RunConfig, RunConfig(), arguments)) == 0
     assert "24 taken" in capsys.readouterr().out
+
+
+ENGINES = ("eager", "compile", "graph", "compile-graph")
+
+
+def _trained(engine, steps=30, waits_after=5, **parts):
+    """A run's end. From a step on, whatever makes the host wait is an error."""
+    config = config_of(device="cuda", **parts)
+    config = replace(config, train=replace(config.train, engine=engine))
+    world = World(device=torch.device("cuda", 0))
+    ledger = Ledger(N, world)
+    spade, pixels = new_spade(config, world, steps, [ledger])
+    for step in spade.train(list(batches(world, steps, pixels, config.train.accumulate))):
+        if step == waits_after:
+            torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+    found = {**spade.models(), "criterion": spade.criterion.state_dict(), "ledger": ledger.table}
+    return found, spade.metrics(), spade.news
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"student": StudentConfig(name="cifar_resnet20", drop_rate=0.0)},
+        {"curriculum": CurriculumConfig(name="self_paced", example_dropout=0.2, burn_in=0.2)},
+        {"optim": OptimConfig(lr=0.02, clip_norm=0.5, scale_weight_decay=True, average_decay=0.9)},
+        {"train": TrainConfig(epochs=1, batch_size=32, precision="fp16", accumulate=4)},
+        {"curriculum": CurriculumConfig(name="dd", trusted=0.2, burn_in=0.5, learn_at=(0.5,))},
+    ],
+    ids=["pd", "batch norms", "dropout", "clipped", "fp16 in parts", "re-learned"],
+)
+def test_every_engine_takes_the_same_steps_and_none_waits(engine, parts):
+    waits_after = 99 if "curriculum" in parts and parts["curriculum"].trusted else 5
+    expected, lines, _ = _trained("eager", waits_after=waits_after, **parts)
+    found, found_lines, news = _trained(engine, waits_after=waits_after, **parts)
+    said = [line for line in news if "not" in line or "cannot" in line]
+    assert not said, said
+    assert found_lines["loss"] == pytest.approx(lines["loss"], rel=2e-2)
+    for name in ("model", "average"):
+        for key, tensor in expected[name].items():
+            torch.testing.assert_close(found[name][key], tensor, rtol=2e-2, atol=5e-3, msg=key)
+    assert torch.equal(found["criterion"]["step"], expected["criterion"]["step"])
+
+
+def test_a_captured_step_is_one_launch_and_what_the_host_prepares():
+    config = config_of(device="cuda", student=StudentConfig(name="cifar_resnet20", drop_rate=0.0))
+    config = replace(config, train=replace(config.train, engine="graph"))
+    world = World(device=torch.device("cuda", 0))
+    spade, pixels = new_spade(config, world, 20)
+    of_run = list(batches(world, 20, pixels))
+    steps = spade.train(iter(of_run))
+    for _ in range(10):
+        next(steps)
+    with torch.profiler.profile() as profile:
+        for _ in range(5):
+            next(steps)
+    launches = [e for e in profile.events() if e.name.startswith(("cudaLaunch", "cudaGraphLaunch"))]
+    assert sum(e.name == "cudaGraphLaunch" for e in launches) == 5
+    # Rate, average's share, and clones of what the guard notes; copies are no launches.
+    assert len(launches) <= 5 * 8
+
+
+def test_prefetched_batches_are_the_batches_and_made_beside_the_step():
+    """Each is made by slow work; the step on the one before takes as long."""
+    device, made = torch.device("cuda", 0), []
+
+    def batches():
+        for i in range(6):
+            torch.cuda._sleep(20_000_000)
+            made.append(torch.cuda.current_stream(device).cuda_stream)
+            yield Batch(torch.full((4, 2, 2, 3), i, device=device), torch.arange(4).to(device))
+
+    seen, start, end = [], *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for batch in prefetched(batches(), device):
+        torch.cuda._sleep(20_000_000)
+        seen.append(batch.images.clone())
+    end.record()
+    torch.cuda.synchronize()
+    beside = start.elapsed_time(end)
+    assert [images.unique().tolist() for images in seen] == [[i] for i in range(6)]
+    assert set(made) != {torch.cuda.current_stream(device).cuda_stream}
+    start.record()
+    for _ in range(12):
+        torch.cuda._sleep(20_000_000)
+    end.record()
+    torch.cuda.synchronize()
+    assert beside < 0.75 * start.elapsed_time(end)

@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from mentorch.engine import optim
 from mentorch.engine.config import OptimConfig
 from mentorch.engine.optim import (
     add_weight_decay,
     create_optimizer,
     has_nvidia_apex,
     learning_rate,
+    load_optimizer_state,
+    optimizer_state,
     set_learning_rate,
+    step_unless,
 )
 
 
@@ -91,3 +95,68 @@ def test_the_registrys_apex_is_not_nvidias(tmp_path, monkeypatch):
     (tmp_path / "amp_C.py").write_text("")
     assert has_nvidia_apex()
     assert not isinstance(sys.modules.get("apex"), types.ModuleType), "it was imported to look at"
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_large_batch_optimisers_move_weights_by_their_norm(name):
+    """What both are for: however large the gradient, a layer moves by a share of its norm."""
+    config = OptimConfig(name=name, lr=0.1, weight_decay=0.01, trust_coefficient=1.0)
+    moved = []
+    for scale in (1.0, 1e4):
+        layer = nn.Linear(8, 8, bias=False)
+        nn.init.eye_(layer.weight)
+        optimizer = create_optimizer(config, layer)
+        layer.weight.grad = scale * torch.arange(1.0, 65.0).view(8, 8)
+        optimizer.step()
+        moved.append((layer.weight.detach() - torch.eye(8)).norm() / torch.eye(8).norm())
+    assert moved == pytest.approx([0.1, 0.1], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "lamb"])
+def test_a_step_with_bad_gradients_changes_nothing(name):
+    student = _student()
+    optimizer = create_optimizer(OptimConfig(name=name), student)
+    before = [p.detach().clone() for p in student.parameters()]
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    for bad in (True, False):
+        for parameter in student.parameters():
+            parameter.grad = torch.full_like(parameter, float("nan") if bad else 1.0)
+        step_unless(torch.tensor(bad), optimizer, off)
+        same = [torch.equal(*pair) for pair in zip(before, student.parameters(), strict=True)]
+        assert all(same) if bad else not any(same)
+    assert all(p.isfinite().all() for p in student.parameters())
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "lamb"])
+def test_an_optimiser_goes_on_where_it_was(name):
+    """Momenta, step counts and the rate; the rate of a captured step keeps its place."""
+    config = OptimConfig(name=name, weight_decay=0.01)
+    one, other = _student(), _student()
+    first, second = create_optimizer(config, one), create_optimizer(config, other)
+    place = second.param_groups[0]["lr"]
+    set_learning_rate(first, 0.37)
+    for student, optimizer in ((one, first), (one, first), (other, second)):
+        if optimizer is second:
+            other.load_state_dict(one.state_dict())
+            load_optimizer_state(second, optimizer_state(first))
+        for parameter in student.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert float(second.param_groups[1]["lr"]) == pytest.approx(0.37)
+    if name == "sgd":
+        assert second.param_groups[0]["lr"] is second.param_groups[1]["lr"] is place
+    for parameter in one.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    first.step()
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_apex_has_no_lars(monkeypatch):
+    monkeypatch.setattr(optim, "has_nvidia_apex", lambda: True)
+    assert optim._takes_apex(OptimConfig(name="lamb"), on_gpu=True)
+    assert not optim._takes_apex(OptimConfig(name="lamb"), on_gpu=False)
+    assert not optim._takes_apex(OptimConfig(), on_gpu=True), "apex's SGD makes the host wait"
+    assert optim._takes_apex(OptimConfig(implementation="apex"), on_gpu=True)
+    with pytest.raises(ValueError, match="apex has no LARS"):
+        optim._takes_apex(OptimConfig(name="lars", implementation="apex"), on_gpu=True)

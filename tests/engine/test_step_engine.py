@@ -232,16 +232,15 @@ CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["compile", "compile-graph"])
-def test_compiled_steps_are_the_steps(engine):
-    """A student with batch norms: their running statistics are written by compiled code too."""
-    plain = config_of(student=StudentConfig(name="cifar_resnet20", drop_rate=0.0))
-    expected, expected_lines, _ = _run(plain, steps=8)
-    found, lines, spade = _run(replace(plain, train=_fp32(engine=engine)), steps=8)
+def test_compiled_steps_are_the_steps():
+    """A student with a batch norm: compiled code writes running statistics too."""
+    plain = config_of(student=StudentConfig(name="tiny_norm", drop_rate=0.0))
+    expected, expected_lines, _ = _run(plain, steps=5)
+    found, lines, spade = _run(replace(plain, train=_fp32(engine="compile-graph")), steps=5)
     assert spade.news[0] == "the student is compiled"
+    assert "is not captured" in spade.news[1], "on a CPU"
     for name in ("model", "average", "criterion"):
         _assert_same(expected[name], found[name], CLOSE)
-    torch.testing.assert_close(found["ledger"], expected["ledger"], rtol=0, atol=2)
     assert lines[0] == pytest.approx(expected_lines[0], rel=1e-4)
 
 

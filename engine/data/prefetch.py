@@ -1,0 +1,40 @@
+"""Batches made one ahead, on a stream of their own, while the device works on the one before."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from mentorch.engine.data.pipelines import Batch
+
+
+def prefetched(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches, each begun before the one in front of it is handed out.
+
+    Copying decoded pixels (uint8) to where torch keeps them, or cutting windows out of images that
+    lie on the device, then runs beside the step, and the host waits for a decoder while the device
+    has work. What is handed out is ready for the current stream.
+
+    Args:
+        batches: of a loader. One more than was asked for is taken from it.
+        device: of the batches; on a CPU there is nothing to overlap.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    source = iter(batches)
+
+    def begin() -> tuple[Batch | None, torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            batch = next(source, None)
+            return batch, stream.record_event()
+
+    batch, ready = begin()
+    while batch is not None:
+        following = begin()
+        now = torch.cuda.current_stream(device)
+        now.wait_event(ready)
+        for tensor in batch:
+            tensor.record_stream(now)  # its memory is not free before this stream is done with it
+        yield batch
+        batch, ready = following
