@@ -23,6 +23,7 @@ import compile_ahead
 import harness
 import report
 import rows
+import train_subjects
 
 _SESSION = pytest.StashKey[harness.Session]()
 _WRITTEN = pytest.StashKey[list[Path]]()
@@ -96,12 +97,26 @@ def pytest_collection_finish(session):
             f"bench: {len(wanted)} rows, {len(rows.compilations(wanted))} sizes to compile by "
             f"{workers} processes: about {minutes:.1f} min by the assumptions in bench/rows.py"
         )
+    _estimate_training(session.items, config)
     if config.option.collectonly:
         return
     config.stash[_SESSION] = harness.new_session(_budget_s(config))
     if on_gpu and wanted:
         with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
             compile_ahead.compile_rows(wanted, limit_s=_budget_s(config) / 3)
+
+
+def _estimate_training(items, config):
+    """How long the processes of bench_train may take on a GPU."""
+    processes = [
+        i.callspec.params["group"] for i in items if "group" in getattr(i, "fixturenames", ())
+    ]
+    if processes and (torch.cuda.is_available() or config.getoption("--bench-plan")):
+        config.get_terminal_writer().line(
+            f"bench: {len(processes)} processes of bench_train: about "
+            f"{train_subjects.estimate_s(processes) / 60:.1f} min by the assumptions in "
+            "bench/train_subjects.py"
+        )
 
 
 @pytest.fixture

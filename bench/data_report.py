@@ -1,6 +1,6 @@
 """The data path's part of RESULTS.md, from the records that `data_session` keeps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -8,6 +8,8 @@ PACKAGES = (
     "mentorch",
     "torch",
     "torchvision",
+    "triton",
+    "timm",
     "nvidia-dali-cuda130",
     "nvidia-dali-cuda120",
     "pillow",
@@ -117,26 +119,31 @@ SUBJECTS = {"loader": (ABOUT_LOADER, loader_table), "index": (ABOUT_INDEX, index
 def section(result: dict[str, Any]) -> str:
     """A run's part of RESULTS.md."""
     about, table = SUBJECTS[result["subject"]]
+    gone = [f"- `{gone['provider']}`: {gone['reason']}" for gone in result["left_out"]]
+    lines = [*heading(result, about), *markdown(table(result["records"])), "", *gone]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def heading(result: dict[str, Any], about: str) -> list[str]:
+    """What was measured, where, and with what."""
     versions = ", ".join(f"{name} {result[name]}" for name in PACKAGES if result.get(name))
     work = ", ".join(f"{name} {_number(value)}" for name, value in result["work"].items())
-    header, *lines = table(result["records"])
-    return (
-        "\n".join(
-            [
-                f"## {result['subject']}, {result['device']}, {result['date']}",
-                "",
-                about,
-                "",
-                f"{work}; load {result['load_before']} before, {result['load_after']} after; "
-                f"{versions}; commit {result['commit'] or 'unknown'}.",
-                "",
-                *(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines)),
-                "",
-                *(f"- `{gone['provider']}`: {gone['reason']}" for gone in result["left_out"]),
-            ]
-        ).rstrip()
-        + "\n"
-    )
+    return [
+        f"## {result['subject']}, {result['device']}, {result['date']}",
+        "",
+        about,
+        "",
+        f"{work}; load {result['load_before']} before, {result['load_after']} after; "
+        f"{versions}; commit {result['commit'] or 'unknown'}.",
+        "",
+    ]
+
+
+def markdown(table: Iterable[Sequence[str]]) -> Iterator[str]:
+    """A table's header and lines as Markdown."""
+    header, *lines = table
+    for line in (header, ["---"] * len(header), *lines):
+        yield f"| {' | '.join(line)} |"
 
 
 def _number(value: float) -> str:

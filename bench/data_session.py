@@ -61,7 +61,9 @@ class Session:
         self.records: list[dict[str, Any]] = []
         self.left_out: dict[str, str] = {}
 
-    def measure(self, round_: int, provider: str, missing: str, benchmark: Any) -> None:
+    def measure(
+        self, round_: int, provider: str, missing: str, benchmark: Any, **more: Any
+    ) -> None:
         """Keeps one measurement, or why there is none.
 
         Args:
@@ -69,6 +71,7 @@ class Session:
             provider: who is measured.
             missing: why it cannot be, or "".
             benchmark: pytest-benchmark's fixture; its time includes the start of the process.
+            more: what the function takes for this provider only.
 
         Raises:
             LeftOut: there is no measurement.
@@ -76,7 +79,7 @@ class Session:
         """
         missing = missing or self.left_out.get(provider, "")
         if not missing:
-            arguments = {"provider": provider, **self.arguments}
+            arguments = {"provider": provider, **self.arguments, **more}
             try:
                 found = benchmark.pedantic(fresh.call, args=self.call, kwargs=arguments)
             except fresh.Failed as problem:
@@ -107,7 +110,7 @@ class Session:
     def finish(self, plan: Plan, config: pytest.Config) -> None:
         """Prints the tables, and writes them after a whole run."""
         result = self.result()
-        lines = [data_report.section(result), "not a whole run: nothing is written"]
+        lines = [report.section(result), "not a whole run: nothing is written"]
         if self.is_whole(plan):
             lines[1] = f"written: {write(result)}, {report.write()}"
         with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():

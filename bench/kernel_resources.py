@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import image_launches
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mentorch.kernels import cross_entropy, fused, ledger, percentile, reweight, rows
+from mentorch.kernels import cross_entropy, fused, ledger, percentile, pixels, reweight, rows
 from mentorch.kernels.example_dropout import ExampleDropout
 from mentorch.kernels.mentor import ClosedForm, Curriculum, LstmWeights, MentorWeights
 from mentorch.kernels.weigh import Plan
@@ -90,8 +91,13 @@ def caught_launches() -> Iterator[list[Launch]]:
     with (
         mock.patch.object(triton.runtime.JITFunction, "run", record),
         mock.patch.object(rows, "multiprocessors", return_value=MULTIPROCESSORS),
+        mock.patch.object(pixels, "multiprocessors", return_value=MULTIPROCESSORS),
     ):
         yield launches
+
+
+def _type(value: Tensor | int) -> str:
+    return "*" + _TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
 
 
 def _signature(launch: Launch) -> tuple[dict[str, Any], dict[str, Any], dict[Any, Any]]:
@@ -110,15 +116,15 @@ def _signature(launch: Launch) -> tuple[dict[str, Any], dict[str, Any], dict[Any
             types[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         if isinstance(value, tuple):
-            types[parameter.name] = tuple("*" + _TYPES[item.dtype] for item in value)
+            types[parameter.name] = tuple(_type(item) for item in value)
             attributes |= {
                 (position, i): [["tt.divisibility", 16]]
                 for i, item in enumerate(value)
-                if item.data_ptr() % 16 == 0
+                if isinstance(item, Tensor) and item.data_ptr() % 16 == 0
             }
             continue
         if isinstance(value, Tensor):
-            types[parameter.name] = "*" + _TYPES[value.dtype]
+            types[parameter.name] = _type(value)
             divisible = value.data_ptr() % 16 == 0
         elif isinstance(value, float):
             types[parameter.name], divisible = "fp32", False
@@ -225,6 +231,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 ),
             )
     yield from _reweight_cases()
+    yield from image_launches.cases(DTYPES)
     for batch in (128, 1024, 4096, 16384, 65536):
         yield (
             f"percentile {batch}",

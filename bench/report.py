@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import data_report
+import train_report
 from rows import RULES
 
 HERE = Path(__file__).parent
@@ -131,16 +132,29 @@ def _section(result: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def section(result: dict[str, Any]) -> str:
+    """A result's part of RESULTS.md."""
+    if result["subject"] in train_report.SUBJECTS:
+        return train_report.section(result)
+    data = result["subject"] in data_report.SUBJECTS
+    return data_report.section(result) if data else _section(result)
+
+
 def render(folder: Path = HERE / "results") -> str:
     """The text of RESULTS.md."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    kernels = [result for result in results if result["subject"] not in data_report.SUBJECTS]
+    paths = (
+        path for path in sorted(folder.glob("*.json")) if path.stem.split("-")[0] != "roofline"
+    )
+    results = [json.loads(path.read_text()) for path in paths]
     others = [result for result in results if result["subject"] in data_report.SUBJECTS]
+    steps = [result for result in results if result["subject"] in train_report.SUBJECTS]
+    kernels = [result for result in results if result not in others + steps]
     body = [INTRODUCTION, *map(_section, kernels)] if kernels else [NOTHING]
     rules = "## What is left out\n\n" + "\n".join(f"- {rule}" for rule in RULES) + "\n"
-    data = ["# The data path\n", *map(data_report.section, others)] if others else []
+    data = ["# The data path\n", *map(section, others)] if others else []
+    training = ["# The training step\n", *map(section, steps)] if steps else []
     head = "# Results\n\nWritten by `python bench/report.py`; not to be edited.\n"
-    return "\n".join([head, *body, rules, *data])
+    return "\n".join([head, *body, rules, *data, *training])
 
 
 def write(folder: Path = HERE / "results", target: Path = HERE / "RESULTS.md") -> Path:

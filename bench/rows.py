@@ -36,7 +36,11 @@ PROVIDERS = {
     ),
     "cross_entropy": ("mentorch", "eager", "compile", "liger", "quack"),
     "percentile": ("mentorch", "quantile", "sort", "kthvalue"),
+    "batch_norm": ("mentorch", "eager", "compile"),
 }
+# (images, their side, channels) of batch norms in Inception-ResNet-v2 at 299 pixels: the largest,
+# and those after the residual blocks. A row has all pixels as its batch, channels as its classes.
+IMAGES = ((64, 147, 64), (64, 35, 320), (64, 17, 1088), (64, 17, 192))
 # Logits-sized reads and writes that a provider's own code asks for, forward and backward together,
 # whichever cache answers. Not listed: what PyTorch and its compiler do is not ours to count.
 #   mentorch: two reads, one write. Rows of weight 0 are read once only.
@@ -44,6 +48,8 @@ PROVIDERS = {
 #   liger 0.8.5: forward two reads, one write (over the logits); backward one read, one write.
 #   quack: forward one read; backward one read, one write.
 PASSES = {"mentorch": 3, "mentorch-lagged": 3, "liger": 5, "quack": 3}
+# Of images by `batch_norm`: forward x twice, y; backward x and dy twice, dx. At least: each once.
+BATCH_NORM_PASSES, BATCH_NORM_IDEAL = {"mentorch": 8}, 5
 
 MOST_LOGITS_BYTES = 2 * 2**30
 MOST_ON_CHIP = 2**22  # logits that `mentorch-chip` is tried with: 32 a thread of an H100
@@ -62,6 +68,7 @@ RULES = (
     "L2 caches. Smaller logits fit into the cache many times over.",
     "Where one set alone is four L2 caches there is no hot row: it would be the same as cold.",
     "`percentile`: hot only, its input is 256 KB at most.",
+    "`batch_norm`: bf16 in CUDA graphs only, B all pixels of 64 images and C their channels.",
 )
 
 
@@ -96,13 +103,15 @@ class Row:
     @property
     def ideal_bytes(self) -> int:
         """Every input byte read once and, but for the percentile, a gradient written once."""
-        return self.logits_bytes * (1 if self.subject == "percentile" else 2)
+        passes = {"percentile": 1, "batch_norm": BATCH_NORM_IDEAL}.get(self.subject, 2)
+        return self.logits_bytes * passes
 
     @property
     def traffic_bytes(self) -> int | None:
-        if self.subject == "percentile" or self.provider not in PASSES:
+        passes = BATCH_NORM_PASSES if self.subject == "batch_norm" else PASSES
+        if self.subject == "percentile" or self.provider not in passes:
             return None
-        return self.logits_bytes * PASSES[self.provider]
+        return self.logits_bytes * passes[self.provider]
 
     @property
     def launches(self) -> int:
@@ -133,7 +142,8 @@ def calls_of_a_sample(row: Row, l2_bytes: int) -> int:
 def _states(row: Row, l2_bytes: int) -> Iterator[Row]:
     """The modes and cache states in which a provider is timed at one size."""
     sets = sets_for_cold(row, l2_bytes)
-    for mode in ("dispatch",) if row.provider == "liger" else ("dispatch", "graph"):
+    modes: tuple[str, ...] = ("dispatch",) if row.provider == "liger" else ("dispatch", "graph")
+    for mode in ("graph",) if row.subject == "batch_norm" else modes:
         if row.subject == "percentile" or sets > 1:
             yield replace(row, mode=mode, l2="hot")
         if row.subject != "percentile" and (sets == 1 or (mode == "graph" and sets <= MOST_SETS)):
@@ -144,6 +154,11 @@ def gpu_rows(subject: str, l2_bytes: int = L2_BYTES) -> list[Row]:
     """Every row of a subject on a GPU, as RULES say."""
     if subject == "percentile":
         sizes = [Row(subject=subject, provider="", batch=losses) for losses in LOSSES]
+    elif subject == "batch_norm":
+        sizes = [
+            Row(subject=subject, provider="", batch=b * side**2, classes=c, dtype="bf16")
+            for b, side, c in IMAGES
+        ]
     else:
         sizes = [
             Row(subject=subject, provider="", batch=b, classes=c, dtype=d, curriculum=curriculum)
@@ -166,7 +181,7 @@ def gpu_rows(subject: str, l2_bytes: int = L2_BYTES) -> list[Row]:
 def _takes(provider: str, size: Row) -> bool:
     if provider == "mentorch-chip":
         return size.classes >= 1000 and size.batch * size.classes <= MOST_ON_CHIP
-    if provider.startswith("compile"):
+    if provider.startswith("compile") and size.subject != "batch_norm":
         return (size.batch, size.classes, size.dtype) in COMPILED
     return True
 
@@ -182,6 +197,12 @@ def smoke_rows(subject: str) -> list[Row]:
     if subject == "percentile":
         return [
             Row(subject=subject, provider=p, batch=b) for b in (7, 128) for p in PROVIDERS[subject]
+        ]
+    if subject == "batch_norm":
+        return [
+            Row(subject=subject, provider=p, batch=64 * 3**2, classes=c, dtype=d)
+            for c, d in ((32, "bf16"), (7, "fp32"))
+            for p in PROVIDERS[subject]
         ]
     return [
         Row(subject=subject, provider=p, batch=8, classes=c, dtype=d, curriculum=curriculum)

@@ -18,7 +18,7 @@ import soak_runs as runs
 from soak_compare import difference, order_difference
 from soak_runs import Place, SoakFailed
 
-from mentorch.engine.config import save_config
+from mentorch.engine.config_files import save_config
 
 MOST_STEPS = 6  # that an attempt is left
 _EXPECTED_S = 300.0  # for an attempt to make its steps, on a busy machine

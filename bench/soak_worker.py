@@ -25,7 +25,8 @@ from unittest import mock  # noqa: E402
 
 from mentorch.engine import job  # noqa: E402
 from mentorch.engine.checkpoint_choice import choose_checkpoint  # noqa: E402
-from mentorch.engine.config import RunConfig, load_config  # noqa: E402
+from mentorch.engine.config import RunConfig  # noqa: E402
+from mentorch.engine.config_files import load_config  # noqa: E402
 from mentorch.engine.data.pipelines import Batch  # noqa: E402
 from mentorch.engine.distributed import World  # noqa: E402
 from mentorch.engine.spade import Spade  # noqa: E402

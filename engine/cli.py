@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from mentorch.engine.config import C, load_config
+from mentorch.engine.config_files import C, load_config
 from mentorch.engine.failure import RunFailed
 
 FAILED, USER_ERROR = 1, 2  # exit statuses

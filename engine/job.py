@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 from collections.abc import Collection
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -15,10 +14,11 @@ from mentorch.engine.assembly import assemble, collective_timeout, per_rank
 from mentorch.engine.checkpoint import load_checkpoint, restore_random
 from mentorch.engine.checkpoint_choice import choose_checkpoint, clean
 from mentorch.engine.checkpoint_files import checkpoints
-from mentorch.engine.config import RunConfig, save_config
+from mentorch.engine.config import RunConfig
+from mentorch.engine.config_files import save_config
 from mentorch.engine.data.datasets import Samples, open_datasets
 from mentorch.engine.data.pipelines import Loader, digest
-from mentorch.engine.data.quarantine import Quarantine
+from mentorch.engine.data.quarantine import Quarantine, beyond_chance
 from mentorch.engine.distributed import World, distributed
 from mentorch.engine.evaluate import evaluate
 from mentorch.engine.failure import RunFailed
@@ -34,6 +34,7 @@ from mentorch.engine.messages import (
     train_line,
 )
 from mentorch.engine.parallel import share_buffers
+from mentorch.engine.profile import Tracer
 from mentorch.engine.saving import Saver
 from mentorch.engine.scores import KIND, Scores
 from mentorch.engine.status import Status
@@ -81,6 +82,8 @@ class Job:
         self._make_folder(resumed)
         step, total_steps = self.spade.step_count, self.spade.total_steps
         self.telemetry = Telemetry(folder, world.is_main, step, total_steps)
+        self.spade.say = self.telemetry.say
+        self.tracer = Tracer(config.profile, self.spade, folder, self.telemetry.say, self.progress)
         self.scores = Scores.of(world.from_main(self.telemetry.kept))
         self.go_on = f"{launcher(world)} --resume {folder}"
         self.saver = Saver(
@@ -178,8 +181,8 @@ class Job:
         self.progress.step = spade.step_count
         self._catch_up()
         agreement = Agreement(self.world, "stop", "cannot save")
-        batches = self.loader.batches(spade.step_count, train.epochs)
-        for step in spade.train(self.progress.batches(batches, "training")):
+        batches = self.tracer.batches(self.loader.batches(spade.step_count, train.epochs))
+        for step in self.tracer.steps(spade.train(self.progress.batches(batches, "training"))):
             self.progress.step = step
             self.telemetry.advance()
             agreed = agreement.exchange(stop.asked, self.saver.has_given_up())
@@ -240,9 +243,7 @@ class Job:
         Without a checkpoint: steps on placeholders have spoilt the batch norms' statistics.
         """
         allowed = self.config.data.max_unusable
-        # Few rows (a line after one step) may hold more by chance: four standard deviations.
-        chance = 4 * math.sqrt(allowed * (1 - allowed) / max(rows, 1))
-        if unusable > allowed + chance:
+        if beyond_chance(unusable, rows, allowed):
             raise RunFailed(images_gone(unusable, allowed, self.quarantine, self.go_on))
 
     # ---- Epochs ---------------------------------------------------------------------------------
@@ -328,11 +329,9 @@ class Job:
     # ---- Beginning and end ----------------------------------------------------------------------
 
     def _introduce(self) -> None:
-        for line in introduction(self.config, self.spade, self.datasets):
+        said = introduction(self.config, self.spade, self.datasets)
+        for line in (*said, *label_notes(self.datasets), *self.notes, f"run folder: {self.folder}"):
             self.telemetry.say(line)
-        for line in (*label_notes(self.datasets), *self.notes):
-            self.telemetry.say(line)
-        self.telemetry.say(f"run folder: {self.folder}")
         self.status.write("running")
 
     def _stop(self, reason: str) -> None:
@@ -375,6 +374,7 @@ class Job:
 
     def close(self) -> None:
         """Stops threads and closes files."""
+        self.tracer.close()
         self.loader.close()
         self.saver.close()
         self.telemetry.close()

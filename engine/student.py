@@ -39,8 +39,9 @@ def create_student(
 
     Raises:
         FileNotFoundError: no such file of weights.
-        ValueError: there is no such model, the message has the nearest names; or weights that do
-            not fit it, or that reading would run code for.
+        ValueError: there is no such model, the message has the nearest names; or it knows nothing
+            of an option asked for; or weights that do not fit it, or that reading would run code
+            for.
     """
     if not timm.is_model(config.name):
         raise ValueError(_unknown(config.name))
@@ -50,13 +51,33 @@ def create_student(
     named = inspect.signature(timm.models.model_entrypoint(config.name)).parameters
     if img_size is not None and "img_size" in named:
         arguments["img_size"] = img_size
+    if config.fused_norms:
+        if "fused_norms" not in named:
+            raise ValueError(
+                f"{config.name} has no fused norms: student.fused_norms is for "
+                "inception_resnet_v2_fast, leave it off"
+            )
+        arguments["fused_norms"] = True
     student: nn.Module = timm.create_model(config.name, pretrained=False, **arguments)
+    if config.checkpointing:
+        _checkpoint(student, config.name)
     if config.weights:
         load_weights(student, config.weights)
     student.to(device)
     if config.channels_last:
         student.to(memory_format=torch.channels_last)
     return student
+
+
+def _checkpoint(student: nn.Module, name: str) -> None:
+    """Turns activation checkpointing on; timm's models that have none say so by an assertion."""
+    try:
+        student.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"{name} cannot recompute its activations: turn student.checkpointing off, or take "
+            "another model (inception_resnet_v2_fast can)"
+        ) from error
 
 
 def _unknown(name: str) -> str:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mentorch.engine.comparison.run import Method, Task
-from mentorch.engine.config import CurriculumConfig, with_options
+from mentorch.engine.config import CurriculumConfig
+from mentorch.engine.config_files import with_options
 
 DROP_RATE = 0.5  # Forgetting: the paper searches 0.2 to 0.9
 TRANSFERRED_P = 0.75  # p of a transferred MentorNet over the share of right labels

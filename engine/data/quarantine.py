@@ -6,6 +6,7 @@ not tried again, in a resumed run neither; take its line out of the file to have
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,3 +72,14 @@ class Quarantine:
         if lines and self._write:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("\n".join(lines) + "\n")
+
+
+def beyond_chance(unusable: float, rows: float, allowed: float) -> bool:
+    """Whether more is unusable than allowed, by more than few rows may show by chance.
+
+    Args:
+        unusable: share of the rows seen.
+        rows: how many these are.
+        allowed: share that may be.
+    """
+    return unusable > allowed + 4 * math.sqrt(allowed * (1 - allowed) / max(rows, 1))  # 4 sigma

@@ -8,7 +8,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from mentorch.engine.checkpoint import checkpoints, unpack
-from mentorch.engine.config import RunConfig, with_options
+from mentorch.engine.config import RunConfig
+from mentorch.engine.config_files import with_options
 from mentorch.engine.data.datasets import open_index, with_noise
 from mentorch.engine.data.index import Index
 from mentorch.engine.data.pipelines import digest

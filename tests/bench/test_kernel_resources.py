@@ -76,6 +76,23 @@ def test_no_spills_and_whole_lines(archs, patterns):
             assert ragged or not narrow, what
 
 
+@pytest.mark.slow
+def test_images_in_whole_lines():
+    """Also where channels divide by 8 and by no more; the small launches read float32 parts."""
+    found = compiled([90], ["batch_norm (three norms|by eight) bf16", "residual by eight bf16"])
+    for one in found:
+        assert one["spills"] == 0, one
+        assert "16" not in {**one["loads"], **one["stores"]}, one
+        small = "combine" in one["kernel"] or "sum_parts" in one["kernel"]
+        assert small or one["loads"].get("128", 0) >= 1, one
+    assert {one["kernel"] for one in found if one["stores"].get("128", 0)} == {
+        "batch_norm_relu_fwd_kernel",
+        "batch_norm_relu_bwd_kernel",
+        "_scale_add_relu_fwd_kernel",
+        "_scale_add_relu_bwd_kernel",
+    }
+
+
 @pytest.mark.parametrize(
     ("sass", "expected"),
     [

@@ -7,7 +7,7 @@ import rows
 from rows import L2_BYTES, PROVIDERS, Row, gpu_rows
 
 ALL = [row for subject in PROVIDERS for row in gpu_rows(subject)]
-WITH_LOGITS = [row for row in ALL if row.subject != "percentile"]
+WITH_LOGITS = [row for row in ALL if row.subject in ("reweight", "cross_entropy")]
 
 
 def test_no_row_twice():
@@ -27,11 +27,18 @@ def test_what_is_left_out_is_left_out_by_the_rules():
     assert {row.provider for row in ALL if row.mode == "graph"} == {
         provider for providers in PROVIDERS.values() for provider in providers
     } - {"liger"}
-    compiled = {r.cell[1:] for r in ALL if r.provider.startswith("compile")}
+    compiled = {r.cell[1:] for r in WITH_LOGITS if r.provider.startswith("compile")}
     assert compiled == rows.COMPILED
     assert {row.classes for row in ALL if row.curriculum == "pd"} == {1000}
     assert {row.l2 for row in ALL if row.subject == "percentile"} == {"hot"}
     assert max(row.logits_bytes for row in ALL) <= 2 * 2**30
+
+
+def test_batch_norms_are_few():
+    found = gpu_rows("batch_norm")
+    assert {(row.mode, row.dtype) for row in found} == {("graph", "bf16")}
+    assert len({row.cell for row in found}) == len(rows.IMAGES)
+    assert len(found) <= 24
 
 
 def test_more_than_two_gib_of_logits_are_skipped(monkeypatch):
@@ -70,6 +77,8 @@ def test_bytes():
     row = Row(subject="reweight", provider="liger", batch=128, classes=1000, dtype="bf16")
     assert (row.ideal_bytes, row.traffic_bytes) == (512_000, 1_280_000)
     assert replace(row, provider="eager").traffic_bytes is None
+    image = replace(row, subject="batch_norm", provider="mentorch")
+    assert (image.ideal_bytes, image.traffic_bytes) == (5 * 256_000, 8 * 256_000)
     assert Row(subject="percentile", provider="mentorch", batch=128).ideal_bytes == 512
 
 

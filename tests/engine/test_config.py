@@ -12,9 +12,8 @@ from mentorch.engine.config import (
     RunConfig,
     StudentConfig,
     TrainConfig,
-    load_config,
-    save_config,
 )
+from mentorch.engine.config_files import load_config, save_config
 
 
 @dataclass(frozen=True, kw_only=True)

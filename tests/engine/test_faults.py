@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from mentorch.engine.checkpoint_files import checkpoints
-from mentorch.engine.config import StudentConfig, save_config
+from mentorch.engine.config import StudentConfig
+from mentorch.engine.config_files import save_config
 from mentorch.engine.data.pipelines import Loader, Normalise
 from mentorch.engine.failure import RunFailed
 from mentorch.engine.job import run
@@ -141,7 +142,8 @@ WORKER = """
 import sys
 from pathlib import Path
 from mentorch.engine import job
-from mentorch.engine.config import RunConfig, load_config
+from mentorch.engine.config import RunConfig
+from mentorch.engine.config_files import load_config
 sys.exit(job.run(load_config(Path(sys.argv[1]), RunConfig)))
 """
 

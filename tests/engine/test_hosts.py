@@ -20,8 +20,8 @@ from mentorch.engine.config import (
     RunConfig,
     StudentConfig,
     TrainConfig,
-    save_config,
 )
+from mentorch.engine.config_files import save_config
 from mentorch.engine.job import run
 from mentorch.engine.ledger import read_ledger
 
@@ -37,7 +37,8 @@ SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
 from mentorch.engine import job
-from mentorch.engine.config import RunConfig, load_config
+from mentorch.engine.config import RunConfig
+from mentorch.engine.config_files import load_config
 from mentorch.engine.data.pipelines import Loader
 
 config = Path(sys.argv[1])

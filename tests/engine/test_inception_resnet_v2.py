@@ -172,9 +172,14 @@ def test_norms_of_another_kind_run_as_they_are(pair, fused):
     ours.fused_norms = fused
     ours = convert_sync_batchnorm(ours)
     ours.set_grad_checkpointing(True)
-    assert any(type(m).__name__ == "SyncBatchNormAct" for m in ours.modules())
+    norms = {m for m in ours.modules() if type(m).__name__ == "SyncBatchNormAct"}
+    called = set()
+    for norm in norms:
+        norm.register_forward_hook(lambda module, *_: called.add(module))
     assert_same(step(ours, images(107)), step(theirs, images(107)))
     assert_same_state(ours, theirs)
+    assert norms
+    assert called == norms  # their own forward pass talks to the other ranks
 
 
 @FUSED

@@ -14,7 +14,8 @@ import torch
 from mentorch.engine import job as job_module
 from mentorch.engine.checkpoint import checkpoints
 from mentorch.engine.cli import parse
-from mentorch.engine.config import CurriculumConfig, RunConfig, save_config
+from mentorch.engine.config import CurriculumConfig, RunConfig
+from mentorch.engine.config_files import save_config
 from mentorch.engine.data.index import Index
 from mentorch.engine.data.noise import Noise, add_noise
 from mentorch.engine.data.pipelines import Loader

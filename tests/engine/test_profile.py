@@ -171,6 +171,7 @@ def test_every_kernel_of_ours_is_known():
         ([(0, 10)], 1.0),
         ([(6, 10), (0, 4)], 0.8),  # a gap, and not in order
         ([(0, 10), (2, 3), (20, 30)], 2 / 3),  # one within another must not shorten it
+        ([(0, 10), (2, 3), (5, 12)], 1.0),  # nor make the next one count from its end
         ([(0, 4), (2, 8), (12, 16)], 12 / 16),  # two streams overlap
     ],
 )

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from mentorch.engine.checkpoint import pack
-from mentorch.engine.config import CurriculumConfig, DataConfig, RunConfig, save_config
+from mentorch.engine.config import CurriculumConfig, DataConfig, RunConfig
+from mentorch.engine.config_files import save_config
 from mentorch.engine.data.index import Index
 from mentorch.kernels.ledger import fields, new_ledger
 
