@@ -7,8 +7,7 @@
     pytest bench/bench_train.py --bench-plan -q          # which processes an H100 would run
 
 Its figures are written without a GPU too, of smaller sizes (`train_subjects`): other work on the
-machine spoils them. On a CPU torch.compile takes minutes for each student; `--bench-budget-s 3000`
-gives it the time. A process that runs longer than `fresh.LIMIT_S` is left out.
+machine spoils them. A process that runs longer than `fresh.LIMIT_S` is left out.
 """
 
 import shutil
@@ -46,10 +45,10 @@ def step_groups(config):
     return [g for g in every if not any("compile" in provider for provider in g.providers)]
 
 
-def _why_missing(engine):
+def _why_missing(model, engine):
     compiler = any(map(shutil.which, ("g++", "clang++")))
     has_gpu = torch.cuda.is_available()
-    return train_subjects.why_missing(engine, has_gpu=has_gpu, has_compiler=compiler)
+    return train_subjects.why_missing(model, engine, has_gpu=has_gpu, has_compiler=compiler)
 
 
 def pytest_generate_tests(metafunc):
@@ -73,7 +72,8 @@ class Session(data_session.Session):
 
     def measure_group(self, group, benchmark):
         """Measures a process, less the providers that cannot be had here."""
-        missing = {p: _why_missing(train_subjects.split(p)[1]) for p in group.providers}
+        model = group.subject.model
+        missing = {p: _why_missing(model, train_subjects.split(p)[1]) for p in group.providers}
         able = [provider for provider in group.providers if not missing[provider]]
         if len(able) > 1:  # else the whole process has that reason
             mine = {f"{group.subject.name}/{p}": why for p, why in missing.items() if why}
@@ -177,7 +177,7 @@ def from_files(request, tmp_path_factory):
 
 @pytest.mark.parametrize("engine", END_ENGINES)
 def test_end_to_end(from_files, engine, benchmark):
-    from_files.measure_or_skip(engine, _why_missing(engine), benchmark)
+    from_files.measure_or_skip(engine, _why_missing(train_subjects.LARGE, engine), benchmark)
 
 
 def test_end_to_end_results_are_written(from_files, request):

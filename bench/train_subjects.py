@@ -110,27 +110,19 @@ def groups(subjects: Iterable[Subject]) -> list[Group]:
 def _together(subject: Subject) -> list[tuple[str, ...]]:
     """Providers but BASE, a process each, in order of interest."""
     eager = ("mentorch-plain-eager", "mentorch-eager")
-    compiled = ("mentorch-plain-compile", "mentorch-compile")
     if subject.model != LARGE:
-        graphs = ("mentorch-plain-graph", "mentorch-graph")
-        both = ("mentorch-plain-compile-graph", "mentorch-compile-graph")
-        return [eager + graphs, ("timm-compile",), compiled + both]
-    alone = (
-        "mentorch-fast-compile-graph",
-        "mentorch-fused-graph",
-        "mentorch-fast-compile",
-        "mentorch-fast-graph",
-        "mentorch-plain-compile-graph",
-        "mentorch-plain-graph",
-    )
+        return [
+            (*eager, "mentorch-plain-graph", "mentorch-graph"),
+            ("timm-compile", "mentorch-compile", "mentorch-compile-graph"),
+        ]
     return [
         eager,
-        ("mentorch-fast-eager", "mentorch-fused-eager"),
-        ("timm-compile",),
         ("mentorch-compile-graph",),
+        ("timm-compile",),
+        ("mentorch-fast-eager", "mentorch-fused-eager"),
+        ("mentorch-fused-graph",),
+        ("mentorch-fast-compile-graph",),
         ("mentorch-graph",),
-        compiled,
-        *((provider,) for provider in alone),
     ]
 
 
@@ -155,12 +147,14 @@ def _process_s(group: Group) -> float:
     return compiled + captured + (BUILD_S + ROUNDS * SAMPLE_S) * len(engines)
 
 
-def why_missing(engine: str, *, has_gpu: bool, has_compiler: bool) -> str:
-    """Why an engine cannot be had here; "" when it can."""
+def why_missing(model: str, engine: str, *, has_gpu: bool, has_compiler: bool) -> str:
+    """Why an engine cannot be had here, or would take too long; "" when it can."""
     if "graph" in engine and not has_gpu:
         return "no GPU, so there are no CUDA graphs"
     if "compile" in engine and not has_compiler:
         return "no C++ compiler, which torch.compile needs"
+    if "compile" in engine and not has_gpu and not model.startswith("cifar"):
+        return "compiling it for a CPU takes minutes (Inception-ResNet-v2: more than twelve)"
     return ""
 
 

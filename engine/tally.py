@@ -38,7 +38,8 @@ class Tally:
             clean_labels: [B] labels known to be right; −1 where unknown.
         """
         labelled = labels != IGNORED
-        valid = labelled & (out.sample_loss + out.sample_weight).isfinite()
+        both = out.sample_loss + out.sample_weight
+        valid = labelled & (both - both == 0)  # finite, in two launches of the four of isfinite()
         loss = out.sample_loss.masked_fill(~valid, 0.0)
         weight = out.sample_weight.masked_fill(~valid, 0.0)
         right = valid & (clean_labels == labels)
