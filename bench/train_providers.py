@@ -164,7 +164,8 @@ class SpadeLoop:
         self.steps = self.spade.train(batches or repeat(Batch(work.images, work.sample_ids)))
 
     def step(self) -> None:
-        next(self.steps)
+        if next(self.steps) % self.spade.config.train.log_every == 0:
+            self.spade.metrics()  # as a run does
 
     def loss(self) -> float:
         return self.spade.metrics()["loss"]

@@ -45,7 +45,7 @@ class StepGuard:
         self._buffers = flatten_buffers(student)
         self._kept = None if self._buffers is None else self._buffers.clone()
         self._batches: list[tuple[int, Tensor, Tensor]] = []  # not copied: no work, no launch
-        self._finite: list[tuple[int, Tensor]] = []
+        self._norms: list[tuple[int, Tensor]] = []
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -54,28 +54,28 @@ class StepGuard:
             self._kept.copy_(self._buffers)
 
     @torch.no_grad()
-    def end(self, finite: Tensor) -> None:
-        """After its backward pass; ``finite``: 0-d bool, whether the gradients are."""
+    def end(self, bad: Tensor) -> None:
+        """After its backward pass; ``bad``: 0-d bool, whether the gradients are not finite."""
         if self._buffers is not None and self._kept is not None:
-            torch.where(finite, self._buffers, self._kept, out=self._buffers)
+            torch.where(bad, self._kept, self._buffers, out=self._buffers)
 
     def note(self, step: int, sample_ids: Tensor, sample_loss: Tensor) -> None:
         """A batch of a step that was taken."""
         self._batches.append((step, sample_ids, sample_loss))
 
-    def noted(self, step: int, finite: Tensor) -> None:
-        """All batches of the step are noted, and its gradients were ``finite`` or not."""
-        self._finite.append((step, finite))
+    def noted(self, step: int, norm: Tensor) -> None:
+        """All batches of the step are noted; ``norm``: 0-d, of its gradients."""
+        self._norms.append((step, norm))
 
     def forget(self) -> None:
         """All steps so far have been told of, or were good."""
         self._batches.clear()
-        self._finite.clear()
+        self._norms.clear()
 
     def suspects(self, world: World) -> list[Suspect]:
         """The samples of all ranks behind the steps skipped since `forget`; every rank calls it."""
-        good = torch.stack([finite for _, finite in self._finite]).tolist()
-        skipped = {s for (s, _), ok in zip(self._finite, good, strict=True) if not ok}
+        good = torch.stack([norm for _, norm in self._norms]).isfinite().tolist()
+        skipped = {s for (s, _), ok in zip(self._norms, good, strict=True) if not ok}
         mine = [
             Suspect(step, world.rank, sample, loss)
             for step, sample_ids, sample_loss in self._batches

@@ -72,7 +72,9 @@ class Spade:
         progress: Progress | None = None,
     ) -> None:
         self.config, self.world = config, world
-        self.labels_N, self.clean_labels_N = labels_N, clean_labels_N
+        # With a last entry for rows that are no sample: −1 is the index of it.
+        self.labels_N = nn.functional.pad(labels_N, (0, 1), value=IGNORED)
+        self.clean_labels_N = nn.functional.pad(clean_labels_N, (0, 1), value=-1)
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = steps_per_epoch * config.train.epochs
         self.dtype = autocast_dtype(config.train.precision, world.device)
@@ -127,11 +129,12 @@ class Spade:
         set_learning_rate(self.optimizer, self._lr)
         if self.average:
             self.average.prepare(self.step_count)
-        finite, *losses = self._engine(batch.images, batch.sample_ids)
+        norm, *losses = self._engine(batch.images, batch.sample_ids)
         parts = self.config.train.accumulate
         for sample_ids, sample_loss in zip(batch.sample_ids.chunk(parts), losses, strict=True):
             self.guard.note(self.step_count, sample_ids, sample_loss)
-        self.guard.noted(self.step_count, finite)
+        self.guard.noted(self.step_count, norm)
+        self.tally.add_step(norm)
 
     def _prepare(self, batch: Batch) -> None:
         """Before the first step of this process: compiles the student, if that is asked for."""
@@ -178,7 +181,7 @@ class Spade:
         """A step's work on the device, the same launches in every step.
 
         Returns:
-            Whether the gradients were finite, 0-d; the sample losses of every part.
+            The gradients' norm, 0-d; the sample losses of every part.
         """
         self.guard.begin()
         for parameter in self._parameters():
@@ -190,8 +193,8 @@ class Spade:
                 found.append(
                     self._backward(images.chunk(parts)[part], sample_ids.chunk(parts)[part])
                 )
-        finite = self._update(found)  # line 12: w ← w − α ∇F
-        return finite, *(out.sample_loss for out, _ in found)
+        norm = self._update(found)  # line 12: w ← w − α ∇F
+        return norm, *(out.sample_loss for out, _ in found)
 
     def _exchange_gradients(self, last: bool) -> AbstractContextManager[None]:
         """Ranks exchange gradients once a step: in the backward pass of its last part."""
@@ -204,33 +207,32 @@ class Spade:
 
     def _backward(self, images: Tensor, sample_ids: Tensor) -> tuple[Reweighted, Tensor]:
         """Gradients of a batch, or of a part of one; returns what was found, and the labels."""
-        labels = self.labels_N[sample_ids.clamp(min=0)].masked_fill(sample_ids < 0, IGNORED)
+        labels = self.labels_N[sample_ids]
         logits = self._forward(images)  # line 4
         out = self.criterion.weigh(logits, labels, sample_ids)  # lines 8 to 11: v
         parts = self.config.train.accumulate
         loss = out.loss if parts == 1 else out.loss / parts  # untouched, it saves a launch
         self.scaler.scale(loss).backward()
-        self.tally.add_batch(out, labels, self.clean_labels_N[sample_ids.clamp(min=0)])
+        self.tally.add_batch(out, labels, self.clean_labels_N[sample_ids])
         for observe in self.observers:
             observe(sample_ids, logits.detach(), labels, out)
         return out, labels
 
     def _update(self, found: list[tuple[Reweighted, Tensor]]) -> Tensor:
-        """The optimiser's step; returns whether it was taken, 0-d."""
+        """The optimiser's step, unless the gradients' norm is not finite; returns that, 0-d."""
         optim = self.config.optim
         self._average_own_gradients()
         self.scaler.unscale_(self.optimizer)
         norm = self._clip(optim.clip_norm)
-        finite = norm.isfinite()
+        bad = norm - norm != 0  # NaN is, and ∞ − ∞
         if optim.scale_weight_decay:
             trust = torch.stack([sum_of_weights(out, labels) for out, labels in found]).sum(0)
             add_weight_decay(self.student, optim.weight_decay, trust, self.world.world_size)
-        step_unless(~finite, self.optimizer, self.scaler)
-        self.guard.end(finite)
+        step_unless(bad, self.optimizer, self.scaler)
+        self.guard.end(bad)
         if self.average:  # after that: it averages the running statistics too
             self.average.update(self.student)
-        self.tally.add_step(norm, finite)
-        return finite
+        return norm
 
     def _clip(self, largest: float) -> Tensor:
         """The norm of all gradients, 0-d, before those of the student are scaled down."""
@@ -282,7 +284,7 @@ class Spade:
             "scaler": self.scaler.state_dict(),
             "criterion": self.criterion.state_dict(),
             "sums": self.tally.of_all_ranks(self.world),
-            "of_steps": self.tally.of_steps,
+            "of_steps": self.tally.of_steps(),
         }
 
     def own(self) -> dict[str, Tensor]:
@@ -308,8 +310,6 @@ class Spade:
         if "loss_moving_avg" in own:
             self.criterion.loss_moving_avg.copy_(own["loss_moving_avg"])
         sums = own.get("sums", state["sums"] if self.world.is_main else None)
-        if sums is not None and sums.shape == self.tally.sums.shape:  # an older version's are not
-            self.tally.sums.copy_(sums)
-        self.tally.of_steps.copy_(state["of_steps"])
+        self.tally.load(sums, state["of_steps"])
         self._forget_recording()
         self.step_count = state["step"]

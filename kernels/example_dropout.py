@@ -55,8 +55,9 @@ class ExampleDropout:
 
     @property
     def rates(self) -> tuple[float, float, float]:
-        """The rates in the order in which they rule."""
-        return self.burn_in_rate, self.rate, self.late_rate
+        """The rates in the order in which they rule; 0 for one that never does."""
+        early = self.burn_in_rate if self.early_pct > 0 else 0.0
+        return early, self.rate, self.late_rate if self.late_pct < 100 else 0.0
 
     def rate_at(self, epoch_pct: Tensor) -> Tensor:
         """The rate in force, 0-d float64: in float32 0.05 is more than 1/20, and of 8,000 samples

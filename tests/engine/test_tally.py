@@ -5,8 +5,9 @@ import torch
 
 from mentorch.engine.criteria import IGNORED
 from mentorch.engine.distributed import World
-from mentorch.engine.tally import USED, Tally, sum_of_weights
+from mentorch.engine.tally import Tally, sum_of_weights
 from mentorch.kernels.reweight import Reweighted
+from mentorch.kernels.tally import USED
 
 WORLD = World()
 # loss, weight, given label, clean label: every kind of row.
@@ -14,7 +15,7 @@ ROWS = [
     (1.0, 0.5, 3, 3),  # right
     (2.0, 0.0, 3, 4),  # wrong, not used
     (4.0, 0.25, 2, 1),  # wrong
-    (8.0, USED, 2, -1),  # nobody knows
+    (8.0, USED / 2, 2, -1),  # nobody knows, and hardly used
     (16.0, 1.0, IGNORED, 5),  # no image
     (float("nan"), 1.0, 1, 1),  # spoilt
     (float("inf"), float("nan"), 1, 2),
@@ -34,9 +35,9 @@ def test_means_are_over_the_rows_that_count():
     assert found == pytest.approx(
         {
             "loss": 15 / 4,
-            "weighted_loss": (0.5 + 1.0 + 8 * USED) / 4,
-            "mean_weight": (0.75 + USED) / 4,
-            "data_utilization": 2 / 4,  # at USED a sample is not used
+            "weighted_loss": (0.5 + 1.0 + 4 * USED) / 4,
+            "mean_weight": (0.75 + USED / 2) / 4,
+            "data_utilization": 2 / 4,
             "weight_right": 0.5,
             "weight_wrong": 0.25 / 2,
             "grad_norm": 0.0,
@@ -62,7 +63,7 @@ def test_skipped_steps_have_no_norm():
     tally = Tally(torch.device("cpu"))
     for norm in (2.0, float("nan"), 4.0):
         value = torch.tensor(norm)
-        tally.add_step(value, value.isfinite())
+        tally.add_step(value)
     found = tally.read(WORLD)
     assert (found["grad_norm"], found["skipped"]) == (3.0, 1.0)
 
@@ -70,4 +71,14 @@ def test_skipped_steps_have_no_norm():
 def test_trust_is_over_the_rows_with_an_image():
     out, labels, _ = _batch(ROWS[:5])
     out = out._replace(sample_weight=out.sample_weight * (labels != IGNORED))
-    assert sum_of_weights(out, labels).tolist() == pytest.approx([0.75 + USED, 4.0])
+    assert sum_of_weights(out, labels).tolist() == pytest.approx([0.75 + USED / 2, 4.0])
+
+
+def test_a_checkpoint_within_an_interval_keeps_its_part():
+    one, other = Tally(torch.device("cpu")), Tally(torch.device("cpu"))
+    for norm in (1.0, float("inf"), 5.0):
+        one.add_step(torch.tensor(norm))
+    one.add_batch(*_batch(ROWS))
+    other.add_step(torch.tensor(7.0))
+    other.load(one.sums, one.of_steps())
+    assert other.read(WORLD) == one.read(WORLD)

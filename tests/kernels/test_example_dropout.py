@@ -161,3 +161,11 @@ def test_the_released_schedule(exact):
         kept = int((found > 0).sum())
         assert kept == round(n * (1 - rate)) if exact else abs(kept - n * (1 - rate)) < 120
         assert set(found.tolist()) == {0.0, 1.0 if epoch < 18 else 0.25}
+
+
+def test_a_rate_that_never_rules_costs_no_coins():
+    never = ExampleDropout(burn_in_pct=0, burn_in_rate=0.5, late_rate=0.3)
+    assert not any(never.rates)
+    assert any(ExampleDropout(burn_in_pct=1, burn_in_rate=0.5).rates)
+    assert any(ExampleDropout(burn_in_pct=0, burn_in_rate_pct=1, burn_in_rate=0.5).rates)
+    assert any(ExampleDropout(burn_in_rate=0.0, late_pct=99, late_rate=0.3).rates)
