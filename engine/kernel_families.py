@@ -49,7 +49,7 @@ _PATTERNS = (
     ("pointwise", r"^(mentorch::)?_?scale_add_relu"),
     ("reduction", r"^_sum_parts_kernel"),
     # Ours: Triton kernels by function name (kernels/), their operators by the library's.
-    ("reweighting", r"^mentorch::|^_reweight_|^weigh_kernel|^_percentile_|^_record_kernel"),
+    ("reweighting", r"^mentorch::|^_reweight_|^weigh_kernel|^_percentile_|^_(record|tally)_kernel"),
     ("reweighting", r"^_cross_entropy_(fwd|bwd)"),
     # Ranks: NCCL's kernels, and gloo's work as torch names it.
     ("gradient exchange", r"^nccl|^gloo:|^c10d::|record_param_comms|all_?reduce|AllReduce"),
