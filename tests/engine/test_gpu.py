@@ -193,6 +193,25 @@ def test_a_captured_step_is_one_launch_and_what_the_host_prepares():
     assert len(launches) <= 5 * 8
 
 
+def test_a_step_that_cannot_be_captured_goes_on_eager():
+    """After a capture that broke off: with the same weights, random numbers and dropout."""
+    student, found = StudentConfig(name="small_cnn", drop_rate=0.3), {}
+    world = World(device=torch.device("cuda", 0))
+    for engine in ("eager", "graph"):
+        config = config_of(device="cuda", student=student)
+        config = replace(config, train=replace(config.train, engine=engine))
+        seen = []
+        waits = [lambda ids, logits, labels, out, seen=seen: seen.append(float(out.loss))]
+        spade, pixels = new_spade(config, world, 10, waits)
+        for _ in spade.train(list(batches(world, 10, pixels))):
+            pass
+        assert len(seen) == 10
+        found[engine] = spade.models()["model"], spade.news
+    assert "goes on eager" in found["graph"][1][0]
+    for name, tensor in found["eager"][0].items():
+        torch.testing.assert_close(found["graph"][0][name], tensor, rtol=1e-3, atol=1e-4)
+
+
 def test_prefetched_batches_are_the_batches_and_made_beside_the_step():
     """Each is made by slow work; the step on the one before takes as long."""
     device, made = torch.device("cuda", 0), []
