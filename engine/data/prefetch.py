@@ -19,7 +19,8 @@ def prefetched(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch
         device: of the batches; on a CPU there is nothing to overlap.
     """
     if device.type != "cuda":
-        yield from batches
+        for batch in batches:  # not `yield from`, which would close what is not ours to close
+            yield batch
         return
     stream = torch.cuda.Stream(device)
     source = iter(batches)
@@ -29,12 +30,13 @@ def prefetched(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch
             batch = next(source, None)
             return batch, stream.record_event()
 
-    batch, ready = begin()
-    while batch is not None:
+    ahead, ready = begin()
+    while ahead is not None:
+        batch = ahead
         following = begin()
         now = torch.cuda.current_stream(device)
         now.wait_event(ready)
         for tensor in batch:
             tensor.record_stream(now)  # its memory is not free before this stream is done with it
         yield batch
-        batch, ready = following
+        ahead, ready = following

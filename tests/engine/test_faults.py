@@ -264,7 +264,12 @@ def test_a_disk_that_fills_up_costs_nothing_but_time(
     assert run(whole) == 0
     train = replace(config.train, keep_checkpoints=1)
     tight = replace(config, folder=small_disk / "run", train=train)
-    at_step(6, lambda: _fill(small_disk))
+
+    def fill_behind_the_first_checkpoint():
+        wait_until(lambda: checkpoints(tight.folder / "checkpoints"))  # of step 4, in background
+        _fill(small_disk)
+
+    at_step(6, fill_behind_the_first_checkpoint)
     with pytest.raises(RunFailed, match=r"No space left on device.*\n.*--resume"):
         run(tight)
     assert "a checkpoint could not be written" in capsys.readouterr().out
