@@ -1,8 +1,9 @@
 """Images a second of whole training steps, beside timm's loop, eager and compiled.
 
     pytest bench/bench_train.py                          # all: results/ and RESULTS.md
-    pytest bench/bench_train.py -k "not end_to_end"      # the step; under 10 minutes on an H100
-    pytest bench/bench_train.py -k end_to_end            # from JPEG files; likewise
+    pytest bench/bench_train.py -k end_to_end            # from JPEG files
+    pytest bench/bench_train.py -k "not end_to_end" --bench-part eager       # each of these three
+    pytest bench/bench_train.py -k "not end_to_end" --bench-part compiled    # < 10 min on an H100
     pytest bench/bench_train.py --bench-quick            # a minute's smoke, nothing is written
     pytest bench/bench_train.py --bench-plan -q          # which processes an H100 would run
 
@@ -39,10 +40,10 @@ def step_groups(config):
     """The processes of this machine, or those of an H100 for a plan."""
     on_gpu = torch.cuda.is_available() or config.getoption("--bench-plan")
     if not _quick(config):
-        return train_subjects.groups(train_subjects.ON_GPU if on_gpu else train_subjects.ON_CPU)
+        subjects = train_subjects.ON_GPU if on_gpu else train_subjects.ON_CPU
+        return train_subjects.groups(subjects, config.getoption("--bench-part"))
     # Compiling alone would take longer than a minute.
-    every = train_subjects.groups(train_subjects.QUICK)
-    return [g for g in every if not any("compile" in provider for provider in g.providers)]
+    return train_subjects.groups(train_subjects.QUICK, "eager")
 
 
 def _why_missing(model, engine):
@@ -97,11 +98,16 @@ class Session(data_session.Session):
             pytest.skip(str(reason))
 
     def measure(self, round_, provider, missing, benchmark, **more):
+        # A minute over the budget, or whoever has lent the machine ends the run, and all is lost.
+        limit_s = min(fresh.LIMIT_S, max(30.0, self.end + 60 - time.monotonic()))
         try:
-            super().measure(round_, provider, missing, benchmark, **more)
+            super().measure(round_, provider, missing, benchmark, limit_s=limit_s, **more)
         except fresh.TooLong as problem:  # a compiler's time is no defect of ours
             self.left_out[provider] = str(problem)
             raise LeftOut(str(problem)) from problem
+        except fresh.Failed as problem:  # the test fails, and the others' results are written
+            self.left_out[provider] = f"FAILED: {problem}"
+            raise
 
     def ours(self, provider):
         return not provider.endswith("/timm-compile")
@@ -130,9 +136,10 @@ def steps(request):
         if quick
         else (train_subjects.ROUNDS, train_subjects.SAMPLE_S)
     )
+    part = request.config.getoption("--bench-part")
     return Session(
         request.config,
-        "train",
+        "train" if part == "all" else f"train-{part}",
         {"rounds": rounds, "seconds a sample": sample_s, "threads of a CPU's operators": 1},
         ("train_measure", "measure"),
         # In bf16 the losses of so few and small images need not agree.

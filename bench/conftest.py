@@ -37,6 +37,10 @@ def pytest_addoption(parser):
     )
     group.addoption("--bench-plan", action="store_true", help="list the rows for an H100 and stop")
     group.addoption(
+        "--bench-part", choices=("all", "eager", "compiled"), default="all",
+        help="bench_train: only the processes that compile nothing, or the others",
+    )  # fmt: skip
+    group.addoption(
         "--bench-quick", action="store_true", help="data path: one small round, nothing is written"
     )
 

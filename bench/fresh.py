@@ -23,19 +23,20 @@ class Failed(Exception):
 
 
 class TooLong(Failed):
-    """It took longer than LIMIT_S."""
+    """It took longer than it may."""
 
 
-def call(module: str, function: str, **arguments: Any) -> Any:
+def call(module: str, function: str, limit_s: float = LIMIT_S, **arguments: Any) -> Any:
     """What a function of a bench file returns in a fresh process.
 
     Args:
         module: a file of this folder, without ``.py``.
         function: its name there; takes and returns what JSON can hold.
+        limit_s: seconds it may take.
 
     Raises:
         Failed: it raised or was killed.
-        TooLong: it took longer than LIMIT_S.
+        TooLong: it took longer than that.
     """
     try:
         done = subprocess.run(
@@ -45,11 +46,11 @@ def call(module: str, function: str, **arguments: Any) -> Any:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=LIMIT_S,
+            timeout=limit_s,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise TooLong(f"{module}.{function} took longer than {LIMIT_S:.0f} s") from None
+        raise TooLong(f"{module}.{function} took longer than {limit_s:.0f} s") from None
     if done.returncode:
         last = (done.stderr.strip() or "nothing on stderr").splitlines()[-1]
         raise Failed(f"{module}.{function} ended with {done.returncode}: {last}")

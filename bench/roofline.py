@@ -7,7 +7,8 @@
 
 `roofline_count` says how a step is counted (bf16, channels-last), `roofline_ops` what is taken for
 fused, `roofline_measure` what is measured. A roof is the rate at which a step would go if nothing
-but that one thing took time; no step is faster than the lowest.
+but that one thing took time; no step is faster than the lowest, unless its tensors stay in a cache
+(a small student's may: memory is measured by copies that do not).
 """
 
 import argparse

@@ -61,7 +61,7 @@ def measure(
     for loop in loops.values():
         for _ in range(WARM_STEPS):
             loop.step()
-    if another := why_another(loops["synthetic"]):
+    if another := next(filter(None, map(why_another, loops.values())), ""):
         return {"records": [], "left_out": {provider: another}}
     return {"records": _rounds(work, loops, batches, rounds, steps, provider), "left_out": {}}
 

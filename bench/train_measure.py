@@ -65,6 +65,8 @@ def measure(
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # as train.py and our job do
     dtype = autocast_dtype(precision, device)  # type: ignore[arg-type]
+    if dtype == torch.float32:  # or cuDNN rounds to TF32, each algorithm in its own way
+        torch.backends.cudnn.allow_tf32 = False
     wanted = Subject(**subject)
     while True:
         try:
@@ -75,6 +77,7 @@ def measure(
         wanted = replace(wanted, batch=wanted.batch // 2)
         gc.collect()
         torch.cuda.empty_cache()
+        torch.compiler.reset()  # or what was compiled is compiled again for batches of any size
 
 
 def _measure(
@@ -82,9 +85,9 @@ def _measure(
 ) -> dict[str, Any]:
     setup(BASE, work).step()  # what a process loads once must not be counted as the first one's
     runners, left_out = _begin_all(work, providers, budget_s)
+    runners = _agreeing(runners, work.dtype, left_out)
     if len(runners) < 2:  # nobody to hold against BASE
         return {"records": [], "left_out": left_out}
-    agree(runners, work.dtype)
     for runner in runners:
         runner.steps = min(MOST_STEPS, max(1, round(sample_s / _timed(runner, work.device))))
     for number in range(rounds):
@@ -137,8 +140,11 @@ def _begin(provider: str, work: Work) -> Runner:
         loop.step()
     if another := why_another(loop):
         raise LeftOut(another)
+    if on_gpu:
+        torch.cuda.empty_cache()  # of what cuDNN tried out, as a capture does for a graph
     _forget_peak(on_gpu)
-    loop.step()
+    for _ in range(2):
+        loop.step()
     wait(work.device)
     peak = _memory(on_gpu, peak=True)
     parameters = [p for p in loop.model.parameters() if p.requires_grad]
@@ -167,6 +173,23 @@ def _idle(model: nn.Module, work: Work) -> int:
         or (parameter.ndim > 1 and torch.equal(parameter.detach().cpu(), work.weights[name]))
         for name, parameter in model.named_parameters()
     )
+
+
+def _agreeing(runners: list[Runner], dtype: torch.dtype, left_out: dict[str, str]) -> list[Runner]:
+    """Those that did the same work; a peer that did not is left out, one of ours is an error."""
+    kept = []
+    for runner in runners:
+        base = [r for r in runners if r.provider == BASE]
+        try:
+            if runner.provider.startswith("timm") and runner.provider != BASE:
+                agree([*base, runner], dtype)
+        except AssertionError as problem:
+            left_out[runner.provider] = f"other work: {problem}"
+        else:
+            kept.append(runner)
+    if kept:
+        agree(kept, dtype)
+    return kept
 
 
 def agree(runners: list[Runner], dtype: torch.dtype) -> None:

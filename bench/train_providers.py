@@ -203,6 +203,13 @@ def setup(provider: str, work: Work) -> Loop:
 
 
 def why_another(loop: Loop) -> str:
-    """Why another engine took the wanted one's place, as Spade tells it; "" where none did."""
+    """Why another engine took the wanted one's place, as Spade tells it; "" where none did.
+
+    Raises:
+        torch.OutOfMemoryError: because of that; a smaller batch may fit.
+    """
     news = loop.spade.news if isinstance(loop, SpadeLoop) else []
-    return "; ".join(line for line in news if re.search(r"not\b", line))
+    why = "; ".join(line for line in news if re.search(r"not\b", line))
+    if "OutOfMemoryError" in why:
+        raise torch.OutOfMemoryError(why)
+    return why

@@ -65,10 +65,18 @@ def peak_of(device: str) -> float | None:
 
 
 def merged(records: Records) -> Records:
-    """BASE once a subject, with the samples of all processes; the others as they are."""
+    """BASE once a subject, with the samples of all processes; the others as they are.
+
+    Only of processes whose batch is the largest: another's had to halve it.
+    """
     found: dict[tuple[str, str], dict[str, Any]] = {}
+    largest = {
+        n: max(r["batch"] for r in of(records, name=n)) for n in {r["name"] for r in records}
+    }
     for record in records:
         key = record["name"], record["provider"]
+        if record["provider"] == BASE and record["batch"] != largest[record["name"]]:
+            continue
         first = found.get(key)
         samples = (first["step_ms"] if first else []) + record["step_ms"]
         found[key] = {**(first or record), "step_ms": samples}
@@ -208,7 +216,8 @@ def _end_to_end(result: dict[str, Any]) -> Iterator[str]:
     yield ""
 
 
-SUBJECTS = {"train": _steps, "train-end-to-end": _end_to_end}
+STEPS = ("train", "train-eager", "train-compiled")  # all processes, or a part of them
+SUBJECTS = {**dict.fromkeys(STEPS, _steps), "train-end-to-end": _end_to_end}
 
 
 def section(result: dict[str, Any]) -> str:
@@ -263,7 +272,7 @@ def plot_all(folder: Path = Path(__file__).parent / "results") -> list[Path]:
     return [
         plot(result, folder / "train" / f"{path.stem}.png")
         for path, result in results.items()
-        if result["subject"] == "train"
+        if result["subject"] in STEPS
     ]
 
 

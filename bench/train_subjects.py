@@ -87,7 +87,7 @@ def split(provider: str) -> tuple[str, str]:
     raise ValueError(f"{provider!r} is no provider: it must end in one of {', '.join(ENGINES)}")
 
 
-def groups(subjects: Iterable[Subject]) -> list[Group]:
+def groups(subjects: Iterable[Subject], part: str = "all") -> list[Group]:
     """Who runs with whom: as many as have the room and the time, always beside BASE.
 
     A CUDA graph keeps its activations for good, so Inception-ResNet-v2's are alone; compiling takes
@@ -96,6 +96,8 @@ def groups(subjects: Iterable[Subject]) -> list[Group]:
 
     Args:
         subjects: to train.
+        part: "all", or the processes in which something is compiled ("compiled"), or the others
+            ("eager"): on a GPU both together take longer than most machines are lent for.
 
     Returns:
         The subjects' most telling processes first, so that a short budget has something of all.
@@ -104,7 +106,13 @@ def groups(subjects: Iterable[Subject]) -> list[Group]:
     for subject in subjects:
         for place, providers in enumerate(_together(subject)):
             found.append((place, Group(subject, (BASE, *providers))))
-    return [group for _, group in sorted(found, key=lambda item: item[0])]
+    every = [group for _, group in sorted(found, key=lambda item: item[0])]
+    return [group for group in every if part in ("all", part_of(group))]
+
+
+def part_of(group: Group) -> str:
+    """ "compiled" or "eager", see `groups`."""
+    return "compiled" if any("compile" in provider for provider in group.providers) else "eager"
 
 
 def _together(subject: Subject) -> list[tuple[str, ...]]:
@@ -117,12 +125,12 @@ def _together(subject: Subject) -> list[tuple[str, ...]]:
         ]
     return [
         eager,
-        ("mentorch-compile-graph",),
-        ("timm-compile",),
         ("mentorch-fast-eager", "mentorch-fused-eager"),
         ("mentorch-fused-graph",),
-        ("mentorch-fast-compile-graph",),
         ("mentorch-graph",),
+        ("mentorch-compile-graph",),
+        ("timm-compile",),
+        ("mentorch-fast-compile-graph",),
     ]
 
 
@@ -131,7 +139,7 @@ def _together(subject: Subject) -> list[tuple[str, ...]]:
 # Assumed, not measured. A sample has a given length, so only the rest has to be guessed.
 START_S = 10.0  # of a process: imports, the device, the weights
 BUILD_S = 3.0  # of a provider: the student, its first steps, the profile
-COMPILE_S = 40.0  # besides, where torch.compile takes part
+COMPILE_S = 100.0  # besides, where torch.compile takes part
 CAPTURE_S = 5.0  # besides, for a CUDA graph
 
 

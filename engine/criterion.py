@@ -74,7 +74,7 @@ def count_rows(valid: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         0-d float32: valid rows of all ranks over the number of ranks, at least 1 over it.
     """
     count = valid.sum().to(torch.float32)
-    if group is None:
+    if group is None or dist.get_world_size(group) == 1:
         return count.clamp(min=1)
     dist.all_reduce(count, group=group)
     return count.clamp(min=1) / dist.get_world_size(group)

@@ -61,6 +61,11 @@ def introduction(config: RunConfig, spade: Spade, data: Datasets) -> Iterator[st
 
 def skipped_line(skipped: float, named: Sequence[Mapping[str, Any]], path: Path) -> str:
     """Steps that were left out, and the samples behind them."""
+    if not named:
+        return (
+            f"gradients were not finite: {skipped:.0f} steps skipped on all ranks, before the run "
+            "was interrupted; their samples are not known"
+        )
     shown = ", ".join(f"{s['path']} (rank {s['rank']}, loss {s['loss']:.4g})" for s in named[:3])
     more = f" and {len(named) - 3:,} more" if len(named) > 3 else ""
     return (

@@ -112,7 +112,7 @@ def step_unless(
         optimizer: gradients unscaled.
         scaler: of the loss; switched off for anything but fp16.
     """
-    if scaler.is_enabled():  # its own check has found the same as ours
+    if scaler.is_enabled():  # its own check, of every element, has found what ours of the norm has
         scaler.step(optimizer)
         scaler.update()
     elif not waits_for_device(optimizer):

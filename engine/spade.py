@@ -159,7 +159,16 @@ class Spade:
                 self._tell(f"the step is not captured in a CUDA graph: {why}")
                 return
             new_recorder = partial(CudaGraph, self.world.device)
-            self._engine = Captured(self._on_device, new_recorder, self._tell)
+            self._engine = Captured(self._on_device, new_recorder, self._tell, self._undo)
+
+    def _undo(self) -> None:
+        """After a step that broke off: gradients, and what the loss scale knows of this step."""
+        for parameter in self._parameters():
+            parameter.grad = None
+        self.scaler._per_optimizer_states.clear()
+        for name in ("found_inf", "grad_scale"):
+            if hasattr(self.optimizer, name):
+                delattr(self.optimizer, name)
 
     def _tell(self, line: str) -> None:
         self.news.append(line)

@@ -3,7 +3,8 @@
 For tests and for counting, not for speed. A replay runs the operators of one step with the tensors
 of that step: what a step takes from Python instead (a learning rate, a step number, a branch on a
 loss) stays as it was, just as in a CUDA graph, so a replayed step that equals an eager one proves
-that there is no such thing. And no operator is let through for which a host waits for its GPU.
+that there is no such thing. And no operator is let through for which a host waits for its GPU; what
+is no operator on a CPU (``tolist()``, ``numpy()``, ``cpu()``, printing) is not seen here.
 """
 
 from collections import Counter
@@ -21,6 +22,10 @@ WAITS = {  # operators after which the host knows a value, or a size that depend
     _aten.nonzero.default: "nonzero(), or a boolean mask as an index",
     _aten.masked_select.default: "masked_select()",
     _aten._unique2.default: "unique()",
+    _aten._unique.default: "unique()",
+    _aten.unique_dim.default: "unique()",
+    _aten.unique_consecutive.default: "unique_consecutive()",
+    _aten._linalg_check_errors.default: "a check of torch.linalg",
     _aten.equal.default: "torch.equal()",
     _aten.is_nonzero.default: "the truth of a tensor",
     _aten.repeat_interleave.Tensor: "repeat_interleave() by a tensor",
@@ -43,6 +48,7 @@ class Tape(TorchDispatchMode):
     def __init__(self, allow_waits: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.allow_waits = allow_waits
+        self.waits = ""
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -86,11 +92,10 @@ def _why_waits(func: Any, args: Iterable[Any], kwargs: dict[str, Any]) -> str:
         if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
             return "a boolean mask as an index"
     devices = {leaf.device.type for leaf in tree_leaves([args, kwargs]) if isinstance(leaf, Tensor)}
-    if func in (_aten._to_copy.default, _aten.copy_.default) and "device" in kwargs:
-        target = kwargs["device"]
-        if target is not None and torch.device(target).type not in devices:
-            return "a copy from one device to another"
-    return ""
+    if func is _aten._to_copy.default and kwargs.get("device") is not None:
+        devices.add(torch.device(kwargs["device"]).type)
+    copies = func in (_aten._to_copy.default, _aten.copy_.default)
+    return "a copy from one device to another" if copies and len(devices) > 1 else ""
 
 
 def _is_view(func: Any) -> bool:

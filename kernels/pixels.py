@@ -29,15 +29,15 @@ def pixel_stride(image: Tensor) -> int | None:
     per_batch, per_channel, per_line, per_pixel = image.stride()
     if channels > 1 and per_channel != 1:
         return None
-    stride = following = 0  # of the first dimension that has more than one index; of the next
+    stride = following = None  # of the first dimension that has more than one index; of the next
     for size, step in ((width, per_pixel), (height, per_line), (batch, per_batch)):
         if size == 1:
             continue
-        stride = stride or step
-        if step != (following or step):
-            return None
+        if step == 0 or (following is not None and step != following):
+            return None  # 0: expanded, as the gradient of a sum over the pixels is
+        stride = step if stride is None else stride
         following = step * size
-    stride = stride or channels
+    stride = channels if stride is None else stride
     fits = stride >= channels and batch * height * width < 2**31
     return stride if fits else None
 

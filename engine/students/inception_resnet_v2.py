@@ -121,10 +121,13 @@ def _norm(x: Tensor, norm: Any, mean: Tensor, var: Tensor, weight: Tensor, bias:
 def _block(block: Any, x: Tensor, fused: bool) -> Tensor:
     """One of timm's blocks: branches side by side, and what a residual block does with them."""
     branches = [_layers(b) for name, b in block.named_children() if name.startswith("branch")]
+    if not branches:  # pruned: nn.Identity
+        return block(x)  # type: ignore[no-any-return]
     residual = hasattr(block, "conv2d")
     siblings = [branch[0] for branch in branches if _is_1x1(branch[0])]
     joined = _joinable(siblings)
-    if fused and residual and joined and all(_plain(u) for branch in branches for u in branch):
+    units = [unit for branch in branches for unit in branch]
+    if fused and residual and joined and all(_plain(u) and u.bn.training for u in units):
         y = _branches_into(branches, x, block.conv2d.in_channels)
     else:
         y = torch.cat(_branches(branches, siblings if joined else [], x, fused), 1)
@@ -156,6 +159,8 @@ def _branches(
     outputs = []
     for first, *rest in branches:
         y = ready[first] if first in ready else _layer(first, x, fused)
+        if rest and first in ready:  # a range of channels, which cuDNN would copy here and again
+            y = y.contiguous(memory_format=_memory_format(x))  # in the backward pass
         for layer in rest:
             y = _layer(layer, y, fused)
         outputs.append(y)

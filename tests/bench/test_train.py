@@ -51,6 +51,14 @@ def test_a_short_budget_has_something_of_every_subject():
     assert {group.subject.name for group in first} == {"irv2", "resnet50", "small"}
 
 
+def test_parts_are_the_whole_and_fit_into_ten_minutes():
+    parts = [train_subjects.groups(train_subjects.ON_GPU, part) for part in ("eager", "compiled")]
+    whole = train_subjects.groups(train_subjects.ON_GPU)
+    assert sorted(map(str, parts[0] + parts[1])) == sorted(map(str, whole))
+    assert not any("compile" in provider for group in parts[0] for provider in group.providers)
+    assert train_subjects.estimate_s(parts[0]) < 450
+
+
 def test_the_estimate_counts_what_is_compiled_and_captured():
     def seconds(*providers):
         return train_subjects.estimate_s([Group(SMALL, (BASE, *providers))])

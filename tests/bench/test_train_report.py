@@ -161,3 +161,14 @@ def test_the_picture_is_drawn_for_every_training_result(tmp_path):
     (path,) = train_report.plot_all(tmp_path)
     assert path == tmp_path / "train" / "train-made-up.png"
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_process_that_had_to_halve_its_batch_is_not_the_bases_row():
+    halved = [
+        record(BASE, [5.0, 5.0], "c", batch=5),
+        record("mentorch-graph", [5.0, 5.0], "c", batch=5),
+    ]
+    base = cells(train_report.step_table([*RECORDS, *halved], "small", None), BASE)
+    assert (
+        base["images/s"] == cells(train_report.step_table(RECORDS, "small", None), BASE)["images/s"]
+    )

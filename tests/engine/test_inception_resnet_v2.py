@@ -195,6 +195,28 @@ def test_a_frozen_norm_stays_as_it_is_beside_its_siblings(pair, fused):
     assert not ours.repeat[0].branch1[0].bn.num_batches_tracked
 
 
+@FUSED
+def test_all_norms_may_be_frozen(pair, fused):
+    """As fine-tuning does; what comes before them is trained."""
+    theirs, ours = pair
+    ours.fused_norms = fused
+    for model in pair:
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+    assert_same(step(ours, images(107)), step(theirs, images(107)))
+    assert_same_state(ours, theirs)
+
+
+def test_a_pruned_student_is_timms(pair):
+    features = []
+    for model in pair:
+        model.eval().prune_intermediate_layers([2])
+        features.append(model.forward_intermediates(images(107), [2], intermediates_only=True)[0])
+    torch.testing.assert_close(*features)
+    assert pair[1].forward_features(images(107)).shape[1] == 320
+
+
 def test_bfloat16_is_as_near_to_float64_as_timms(pair):
     """At 139 pixels and in evaluation, where nothing is divided by the spread of two values."""
     x, errors = images(139), []

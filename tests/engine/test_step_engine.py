@@ -139,6 +139,51 @@ def test_a_step_that_waits_goes_on_eager():
     assert "float()" in line
 
 
+def test_what_waits_in_the_last_warm_step_is_not_captured():
+    """Older torch cannot go on after a capture that broke off, so none is begun."""
+
+    class Waiting(Tape):
+        def warm(self, step):
+            self.waits = "called a synchronizing operation (criterion.py:7)"
+            return super().warm(step)
+
+        def record(self, step):
+            raise AssertionError("it was begun")
+
+    news = []
+    run = Captured(lambda x, ids: (x * 2,), Waiting, news.append)
+    found = [run(torch.tensor([float(i)]), torch.zeros(1))[0].item() for i in range(6)]
+    assert found == [2.0 * i for i in range(6)]
+    assert news == [
+        "the step cannot be captured, and goes on eager: called a synchronizing operation "
+        "(criterion.py:7)"
+    ]
+
+
+def test_a_capture_that_breaks_off_leaves_nothing_behind():
+    """fp16: between unscaling and the update the scaler thinks that the step is half done."""
+
+    config = config_of(train=_fp32(precision="fp16"))
+    spade, pixels = new_spade(config, WORLD, 8)
+    spade._prepare(next(batches(WORLD, 1, pixels)))
+    update, calls = type(spade.scaler).update, []
+
+    def broken(scaler, *arguments):
+        calls.append(1)
+        if len(calls) == WARM_STEPS + 1:
+            raise RuntimeError("out of luck")
+        return update(scaler, *arguments)
+
+    spade.scaler.update = broken.__get__(spade.scaler)
+    spade._engine = Captured(
+        spade._on_device, lambda: Tape(allow_waits=True), spade.news.append, spade._undo
+    )
+    for _ in spade.train(batches(WORLD, 8, pixels)):
+        pass
+    assert "goes on eager: RuntimeError: out of luck" in spade.news[0]
+    assert len(calls) == 9  # eight steps, one of them twice
+
+
 WAITING = {
     "item": lambda x: x.sum().item(),
     "bool": lambda x: bool(x.any()),
@@ -146,6 +191,8 @@ WAITING = {
     "mask written": lambda x: x.index_put_((x > 0,), torch.zeros(())),
     "nonzero": lambda x: x.nonzero(),
     "unique": lambda x: x.unique(),
+    "unique rows": lambda x: x.view(3, 1).unique(dim=0),
+    "unique neighbours": lambda x: x.unique_consecutive(),
     "numbers from Python": lambda x: x + torch.tensor([1.0, 2.0, 3.0]),
 }
 

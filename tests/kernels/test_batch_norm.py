@@ -200,6 +200,8 @@ def test_slices_and_strided_gradients(dtype, where):
     upstream[1] = upstream[1].contiguous()  # channels first: copied
     compare(x, norms, upstream)
     compare(x, norms, [u[:1, :1, :1, :1].expand_as(u) for u in upstream])  # of sum().backward()
+    compare(x, norms, [u[:, :, :1, :1].expand_as(u) for u in upstream])  # of y.sum((2, 3))
+    compare(x, norms, [u[:1, :, :1, :1].expand_as(u) for u in upstream])  # of y.sum((0, 2, 3))
 
 
 def test_other_layouts_take_the_reference(where):
@@ -310,6 +312,9 @@ def test_which_layouts_are_rows():
     assert pixels.pixel_stride(torch.empty(2, 6, 3, 4)) is None
     assert pixels.pixel_stride(torch.empty(2, 6, 1, 1)) == 6
     assert pixels.pixel_stride(torch.zeros(1, 1, 1, 1).expand(2, 6, 3, 4)) is None
+    assert pixels.pixel_stride(torch.zeros(1, 1, 1, 1).expand(2, 1, 3, 4)) is None
+    for shape in ((2, 6, 1, 1), (1, 6, 1, 1), (2, 6, 3, 1)):  # 0 is no stride that is not set yet
+        assert pixels.pixel_stride(torch.zeros(shape).expand(2, 6, 3, 4)) is None
 
 
 @pytest.mark.parametrize(

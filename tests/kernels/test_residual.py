@@ -104,6 +104,7 @@ def test_slices_and_strided_gradients(where):
     compare(branch, x, upstream.contiguous(), bias)  # channels first: copied
     compare(branch, x, upstream[:1, :1, :1, :1].expand_as(x), bias)  # of sum().backward()
     compare(branch, x, upstream[:1, :1, :1, :1].expand_as(x), bias, relu=False)
+    compare(branch, x, upstream[:, :, :1, :1].expand_as(x), bias)  # of y.sum((2, 3))
 
 
 def test_other_layouts_and_dtypes_take_the_reference(where):
