@@ -9,6 +9,11 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Autograd decides in its first backward pass whether it wants threads, and what is forked after
+    # that has no autograd. After a fake tensor (torch.compile) it would think that there is a GPU.
+    torch.ones((), requires_grad=True).backward()
+
 
 def pytest_collection_modifyitems(items):
     """Slow tests come first, so that no worker waits at the end for another's long one.
