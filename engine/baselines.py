@@ -37,8 +37,8 @@ class Baseline(Criterion):
             labels_B: the labels given, in [0, C).
         """
 
-    def weigh(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
-        """One training step; arguments as `Criterion.weigh`."""
+    def weigh_rows(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
+        """One training step; arguments as `Criterion.weigh_rows`."""
         valid = labels != self.ignore_index
         labels = labels.long().masked_fill(~valid, 0)
         # Rows that do not count leave the graph before the loss: 0 · NaN must be 0.
@@ -66,8 +66,9 @@ class Bootstrap(Baseline):
         beta: float | None = None,
         ignore_index: int = -100,
         group: dist.ProcessGroup | None = None,
+        class_dim: int = 1,
     ) -> None:
-        super().__init__(ignore_index=ignore_index, group=group)
+        super().__init__(ignore_index=ignore_index, group=group, class_dim=class_dim)
         self.kind = kind
         self.beta = beta if beta is not None else {"soft": 0.95, "hard": 0.8}[kind]
         if not 0.0 <= self.beta <= 1.0:
@@ -103,8 +104,9 @@ class NoiseLayer(Baseline):
         epsilon: float = 0.1,
         ignore_index: int = -100,
         group: dist.ProcessGroup | None = None,
+        class_dim: int = 1,
     ) -> None:
-        super().__init__(ignore_index=ignore_index, group=group)
+        super().__init__(ignore_index=ignore_index, group=group, class_dim=class_dim)
         if num_classes < 2:
             raise ValueError(f"a noise layer needs at least 2 classes, got {num_classes}")
         if not 0.0 < epsilon < 1.0:
@@ -135,8 +137,9 @@ class GeneralisedCrossEntropy(Baseline):
         q: float = 0.7,
         ignore_index: int = -100,
         group: dist.ProcessGroup | None = None,
+        class_dim: int = 1,
     ) -> None:
-        super().__init__(ignore_index=ignore_index, group=group)
+        super().__init__(ignore_index=ignore_index, group=group, class_dim=class_dim)
         if not 0.0 < q <= 1.0:
             raise ValueError(f"q must be in (0, 1], got {q}")
         self.q = q

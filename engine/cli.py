@@ -63,11 +63,16 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def main() -> None:
-    """`mentorch`: index, noise, shard, train-mentor, mentor-table, report."""
+    """`mentorch`: index, noise, shard, train-mentor, mentor-table, report, show, doctor."""
+    from mentorch.engine.doctor import doctor
+
+    if sys.argv[1:2] == ["doctor"]:  # by itself: what the others import may be what is missing
+        sys.exit(run_cleanly(lambda: tyro.cli(doctor, prog="mentorch doctor", args=sys.argv[2:])))
     from mentorch.engine.data import commands
     from mentorch.engine.fit_table import mentor_table
     from mentorch.engine.mentor_training import train_mentor
     from mentorch.engine.report.command import report
+    from mentorch.engine.report.show import curriculum
 
     app = tyro.extras.SubcommandApp()
     index = tyro.extras.SubcommandApp()
@@ -79,5 +84,9 @@ def main() -> None:
     app.command(train_mentor)
     app.command(mentor_table)
     app.command(report)
+    show = tyro.extras.SubcommandApp()
+    show.command(curriculum)
+    app.command(show, name="show", help="Draw a curriculum: PNG, or one HTML page.")
+    app.command(doctor)
     about = "Indexes, label noise, MentorNets, reports. Training starts from recipes/ (torchrun)."
     sys.exit(run_cleanly(lambda: app.cli(description=about)))

@@ -284,6 +284,9 @@ class TrainConfig:
     ledger: bool = True
     """Note loss, weight, prediction and forgetting of every sample (`mentorch.engine.ledger`): 24
     bytes of device memory for each row of the training index, on every rank."""
+    pictures: bool = True
+    """In TensorBoard, the curriculum as a picture whenever it has changed, and after every epoch
+    how many samples have which weight (from the ledger)."""
 
     max_skipped: int = 20
     """Steps with gradients that are not finite are skipped, by all ranks alike, and the samples

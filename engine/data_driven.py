@@ -317,8 +317,8 @@ class DataDriven(Reweight):
         self.register_buffer("trusted_labels", None if read is None else read.clone())
         self.log = VisitLog(trusted, num_samples, 1) if self.history is None else None
 
-    def weigh(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
-        """One training step; arguments as `Criterion.weigh`, ``index`` required.
+    def weigh_rows(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
+        """One training step; arguments as `Criterion.weigh_rows`, ``index`` required.
 
         Raises:
             ValueError: no ``index``.
@@ -326,7 +326,7 @@ class DataDriven(Reweight):
         if index is None:
             raise ValueError("trusted samples are known by their ids: call criterion(…, index)")
         pct, step = self.epoch_pct(), self.step.clone()
-        out = super().weigh(logits, labels, index)
+        out = super().weigh_rows(logits, labels, index)
         if self.log is not None:  # every rank keeps all visits: a checkpoint is of one rank
             loss = gather_rows(out.sample_loss, self.group)
             diff = (loss - out.loss_moving_avg).float()

@@ -34,6 +34,7 @@ from mentorch.engine.messages import (
     train_line,
 )
 from mentorch.engine.parallel import share_buffers
+from mentorch.engine.pictures import Pictures
 from mentorch.engine.profile import Tracer
 from mentorch.engine.saving import Saver
 from mentorch.engine.scores import KIND, Scores
@@ -83,6 +84,7 @@ class Job:
         step, total_steps = self.spade.step_count, self.spade.total_steps
         self.telemetry = Telemetry(folder, world.is_main, step, total_steps)
         self.spade.say = self.telemetry.say
+        self.pictures = Pictures(self.spade, self.ledger, self.telemetry)
         self.tracer = Tracer(config.profile, self.spade, folder, self.telemetry.say, self.progress)
         self.scores = Scores.of(world.from_main(self.telemetry.kept))
         self.go_on = f"{launcher(world)} --resume {folder}"
@@ -90,15 +92,9 @@ class Job:
             self.checkpoints, train.keep_checkpoints, world, before=self.telemetry.to_disk
         )
         self.status = Status(
-            folder,
-            world.is_main,
-            total_steps=total_steps,
-            checkpoint=step if resumed else None,
-            step=step,
-            resume=self.go_on,
-            launch=launch_id(),
-            world_size=world.world_size,
-        )
+            folder, world.is_main, total_steps=total_steps, checkpoint=step if resumed else None,
+            step=step, resume=self.go_on, launch=launch_id(), world_size=world.world_size,
+        )  # fmt: skip
 
     @property
     def checkpoints(self) -> Path:
@@ -256,6 +252,7 @@ class Job:
             self._save()
         if self._is_evaluated(epoch):
             self._evaluate(epoch, saved, self.datasets.evaluate)
+        self.pictures.end_epoch()
         self.telemetry.restart_clock()
 
     def _is_evaluated(self, epoch: int) -> bool:

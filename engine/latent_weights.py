@@ -68,8 +68,8 @@ class LatentReweight(Reweight):
         self.register_buffer("sample_weights", torch.ones(num_samples + 1))  # line 1: v⁰
         self.register_buffer("visits", torch.zeros(num_samples + 1))
 
-    def weigh(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
-        """One training step; arguments as `Criterion.weigh`, ``index`` required.
+    def weigh_rows(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
+        """One training step; arguments as `Criterion.weigh_rows`, ``index`` required.
 
         Raises:
             ValueError: no ``index``.
@@ -79,7 +79,7 @@ class LatentReweight(Reweight):
         in_burn_in = self.epoch_pct() < self.dropout.burn_in_pct
         valid = labels != self.ignore_index
         with torch.no_grad():
-            out = super().weigh(logits, labels, index)  # its weights are the coins of the dropout
+            out = super().weigh_rows(logits, labels, index)  # its weights are the dropout's coins
             moves = valid & (index >= 0) & ~in_burn_in
             v = self._descend(out, torch.where(moves, index, len(self.visits) - 1))
             weight = out.sample_weight * torch.where(in_burn_in, 1.0, v)
@@ -91,7 +91,7 @@ class LatentReweight(Reweight):
 
     def _descend(self, out: Reweighted, rows: Tensor) -> Tensor:
         """Line 9 on the table's rows; returns their new values."""
-        x = out.sample_loss
+        x = out.sample_loss.float()  # as the table, whatever the logits are
         if self.form.on == "loss_diff":
             x = x - out.loss_moving_avg
         v = self.sample_weights[rows]

@@ -63,7 +63,10 @@ class Reweight(Criterion):
         ignore_index: label of rows that do not count.
         group: process group whose ranks' batches form one, e.g. ``dist.group.WORLD``: percentile
             and mean are then over the global batch. None (which ``WORLD`` is before
-            ``init_process_group``): each rank for itself.
+            ``init_process_group``): each rank for itself. Every rank brings the same number of
+            labels, so pad what differs in length.
+        class_dim: which dimension of the logits the classes are in: 1 as for `nn.CrossEntropyLoss`
+            ([B, C], [B, C, H, W]), −1 where they come last ([B, length, C]). A label is a sample.
         one_launch: see `mentorch.kernels.reweight.reweight`.
 
     Raises:
@@ -99,9 +102,10 @@ class Reweight(Criterion):
         seed: int = 0,
         ignore_index: int = -100,
         group: dist.ProcessGroup | None = None,
+        class_dim: int = 1,
         one_launch: bool = False,
     ) -> None:
-        super().__init__(ignore_index=ignore_index, group=group)
+        super().__init__(ignore_index=ignore_index, group=group, class_dim=class_dim)
         resolved = resolve_curriculum(curriculum)
         if total_steps is None and (burn_in > 0 or _reads_progress(resolved)):
             raise ValueError(_NEEDS_STEPS)
@@ -161,14 +165,11 @@ class Reweight(Criterion):
         """Training progress, an integer 0..99 (0-d tensor on the device)."""
         return (self.step * EPOCHS // self.total_steps).clamp(max=EPOCHS - 1)
 
-    def weigh(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
-        """One training step with everything it computed: loss, sample losses, weights, ℓ_pt.
+    def weigh_rows(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
+        """The fused step; arguments as `Criterion.weigh_rows`.
 
-        Args:
-            logits: [B, C].
-            labels: [B] int64; ``ignore_index`` for rows that do not count.
-            index: [B] int64 sample ids, which make example dropout a property of the sample. With a
-                history no sample may come twice in a batch, over all ranks.
+        ``index`` makes example dropout a property of the sample. With a history no sample may come
+        twice in a batch, over all ranks.
         """
         if self.history is not None and index is None:
             raise ValueError("a history is kept by sample: call criterion(logits, labels, index)")

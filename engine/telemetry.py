@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -143,11 +143,18 @@ class Telemetry:
             self._unwritten.pop(0)
 
     def _to_board(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
-        if self._board is None:
+        def write(board: SummaryWriter) -> None:
+            for name, value in metrics.items():
+                board.add_scalar(f"{kind}/{name}", value, step)
+
+        self.on_board(write)
+
+    def on_board(self, write: Callable[[SummaryWriter], None]) -> None:
+        """Lets a function write to TensorBoard, as long as that can be written."""
+        if not self.enabled or self._board is None:
             return
         try:
-            for name, value in metrics.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            write(self._board)
         except OSError as error:  # its writing thread has died of it, for good
             self._board = None
             self.say(f"no TensorBoard from here: {error}; metrics.jsonl goes on")

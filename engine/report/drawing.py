@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,15 +65,38 @@ def draw(
         paint: draws on the matplotlib axes it is given.
         size: width and height, inches.
     """
-    buffer = io.BytesIO()
-    with mpl.rc_context(_LOOKS):
-        figure = Figure(figsize=size, layout="constrained")
-        paint(figure.add_subplot())
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue().decode().replace("</svg>", f"{_dark_style()}</svg>")
+    svg = rendered(
+        lambda figure: paint(figure.add_subplot()), size, format="svg", transparent=True
+    ).decode()  # fmt: skip
+    svg = svg.replace("</svg>", f"{_dark_style()}</svg>")
     return Picture(
         title, alt, "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
     )
+
+
+def rendered(
+    paint: Callable[[Figure], None],
+    size: tuple[float, float],
+    *,
+    metadata: Mapping[str, str | None] | None = None,
+    **options: Any,
+) -> bytes:
+    """A figure as a file's bytes.
+
+    Args:
+        paint: draws on the matplotlib figure it is given.
+        size: width and height, inches.
+        metadata: to be written into the file.
+        options: of matplotlib's ``savefig``: format, dpi and others.
+    """
+    buffer = io.BytesIO()
+    # No date and no version: the same picture has the same bytes.
+    own = ("Software",) if options["format"] == "png" else ("Date", "Creator")
+    with mpl.rc_context(_LOOKS):
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure)
+        figure.savefig(buffer, metadata=dict.fromkeys(own) | dict(metadata or {}), **options)
+    return buffer.getvalue()
 
 
 def _dark_style() -> str:

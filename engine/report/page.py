@@ -1,8 +1,5 @@
 """The report as one HTML page that needs nothing besides itself."""
 
-from pathlib import Path
-
-import jinja2
 import numpy as np
 import pyarrow as pa
 
@@ -13,6 +10,7 @@ from mentorch.engine.report.run_folder import Run
 from mentorch.engine.report.scores import SUSPECT, known_wrong
 from mentorch.engine.report.sheets import contact_sheet
 from mentorch.engine.report.surfaces import surfaces
+from mentorch.engine.report.templates import render
 
 _PAIRS = 15  # rows of the table of confused classes
 _QUARANTINED = 200  # rows of that table; the run folder has them all
@@ -29,14 +27,8 @@ def render_page(run: Run, scores: pa.Table, reader: Reader, samples: int) -> str
     """
     names = run.index.class_names[: run.config.data.max_label]
     pairs, detections = confused_pairs(scores), detect(scores)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # class names, paths and reasons come from the data
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        "page.html.jinja",
         name=run.folder.resolve().name,
         essentials=_essentials(run, scores),
         curves=figures.curves(run.metrics),

@@ -10,11 +10,11 @@ from mentorch.engine.criteria import BASELINES, create_criterion
 from mentorch.engine.data_driven import new_mentor
 from mentorch.engine.report.drawing import RED, Picture, draw
 from mentorch.engine.report.run_folder import Run
+from mentorch.engine.report.weight_map import LOSS, paint_weights, weight_surface
 from mentorch.engine.reweight import Reweight
-from mentorch.kernels.mentor import EPOCHS, ClosedForm, Curriculum, sample_weight_ref
+from mentorch.kernels.mentor import EPOCHS, Curriculum
 
 _MENTOR = "/spade/criterion/mentor."  # where a checkpoint has the learned one's parameters
-_LOSS, _DIFF = torch.linspace(0, 8, 161), torch.linspace(-4, 4, 161)  # nats
 
 
 def curriculum_of(run: Run) -> Curriculum | None:
@@ -47,23 +47,6 @@ def _learned(run: Run) -> Curriculum:
     return mentor.weights()
 
 
-@torch.no_grad()
-def weight_surface(curriculum: Curriculum, epoch_pct: int, history_steps: int = 1) -> Tensor:
-    """Weights over the grid of losses and differences, [differences, losses].
-
-    Args:
-        curriculum: of the run.
-        epoch_pct: progress of training, 0 to 99.
-        history_steps: visits it looks at; all are taken to be like the last.
-    """
-    diff, loss = (part.flatten() for part in torch.meshgrid(_DIFF, _LOSS, indexing="ij"))
-    if history_steps > 1 and not isinstance(curriculum, ClosedForm):
-        loss, diff = (part[:, None].expand(-1, history_steps) for part in (loss, diff))
-    labels = torch.zeros(len(loss), dtype=torch.int64)
-    weight = sample_weight_ref(curriculum, loss, diff, labels, torch.tensor(epoch_pct))
-    return weight.reshape(len(_DIFF), len(_LOSS))
-
-
 def surfaces(run: Run) -> list[Picture]:
     """The curriculum at the end of burn-in and of training, with where the samples were then."""
     curriculum = curriculum_of(run)
@@ -91,17 +74,10 @@ def _average(run: Run, epoch_pct: int) -> float | None:
 
 def _surface(when: str, weight: Tensor, average: float | None) -> Picture:
     def paint(axes: Any) -> None:
-        axes.grid(False)
-        extent = (float(_LOSS[0]), float(_LOSS[-1]), float(_DIFF[0]), float(_DIFF[-1]))
-        image = axes.imshow(
-            weight.numpy(), cmap="viridis", vmin=0, vmax=1, origin="lower", extent=extent,
-            aspect="auto",
-        )  # fmt: skip
-        axes.figure.colorbar(image, ax=axes, label="weight")
+        paint_weights(axes, weight)
         if average is not None:
             line = {"color": RED, "linestyle": "--", "linewidth": 1.6}
-            axes.plot(_LOSS, _LOSS - average, **line)
-        axes.set(xlim=extent[:2], ylim=extent[2:], xlabel="loss ℓ, nats", ylabel="ℓ − ℓ_pt, nats")
+            axes.plot(LOSS, LOSS - average, **line)
 
     where = (
         "" if average is None else f" The dashed line is where samples were, ℓ_pt = {average:.2f}."
