@@ -78,6 +78,8 @@ def test_bytes_of_an_operator_are_its_inputs_and_outputs_once():
     assert conv.bytes == 2 * M + 64 * 64 * 2  # image, output, weights
     (relu,) = _forward(count, "aten::relu")
     assert relu.bytes == 2 * M
+    casts = [op.bytes for op in _forward(count, "aten::_to_copy")]
+    assert 64 * 64 * (4 + 2) in casts  # the weights, from float32
 
 
 def test_a_convolution_s_backward_launches_one_kernel_for_each_gradient():
