@@ -29,12 +29,14 @@ def pixel_stride(image: Tensor) -> int | None:
     per_batch, per_channel, per_line, per_pixel = image.stride()
     if channels > 1 and per_channel != 1:
         return None
-    stride = following = None  # of the first dimension that has more than one index; of the next
+    # Of the first dimension that has more than one index, and of the next. None, not 0: that is the
+    # stride of an expanded tensor, such as the gradient of a sum over the pixels.
+    stride = following = None
     for size, step in ((width, per_pixel), (height, per_line), (batch, per_batch)):
         if size == 1:
             continue
-        if step == 0 or (following is not None and step != following):
-            return None  # 0: expanded, as the gradient of a sum over the pixels is
+        if following is not None and step != following:
+            return None
         stride = step if stride is None else stride
         following = step * size
     stride = channels if stride is None else stride
