@@ -4,7 +4,7 @@
     pytest bench/bench_train.py -k end_to_end            # from JPEG files
     pytest bench/bench_train.py -k "not end_to_end" --bench-part eager       # each of these three
     pytest bench/bench_train.py -k "not end_to_end" --bench-part compiled    # < 10 min on an H100
-    pytest bench/bench_train.py --bench-quick            # a smoke of some minutes, nothing is written
+    pytest bench/bench_train.py --bench-quick            # a smoke of minutes, nothing is written
     pytest bench/bench_train.py --bench-plan -q          # which processes an H100 would run
 
 Its figures are written without a GPU too, of smaller sizes (`train_subjects`): other work on the
