@@ -10,8 +10,9 @@ of torch's multi-tensor kernels, and our own kernels (not run: numbers do not ma
 libraries launch besides (a split reduction, a change of memory format) is not seen here:
 `bench_train` counts the launches that there are.
 
-A captured step is one launch of a graph, and what the host does around it: two copies of the batch
-into its places, the learning rate, and clones of what the guard notes.
+A captured step is one launch of a graph, and what the host does around it, by reading `Spade` and
+`Captured` and not by counting: two copies of the batch into its places, the learning rate, the
+average's share (where an average is kept), clones of the norm and of the losses.
 """
 
 import argparse
