@@ -40,7 +40,7 @@ class Check:
     run: Callable[[], list[Finding]]
     way_out: str
     """If it raises, crashes or hangs."""
-    limit_s: float = 60.0
+    limit_s: float = 120.0
 
 
 def basics(out: Path) -> list[Check]:

@@ -394,14 +394,19 @@ def test_the_fused_losss_error_is_seen(monkeypatch):
     assert doctor_gpu.reweight_error(torch.device("cpu")) > doctor_gpu._ERROR
 
 
-def test_this_machine(tmp_path, monkeypatch, capsys):
-    """All of it, once: no check fails in a way of its own, and nothing is left behind."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    command.main(["--json"])
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+def test_this_machine(tmp_path):
+    """All of it, once, started as people start it: a process that has run nothing else, whose
+    forks find no lock held by a thread of an earlier test. Nothing is left behind."""
+    program = "import sys; from mentorch.engine.doctor import main; sys.exit(main(['--json']))"
+    environment = os.environ | {"HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", program], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert done.stdout, done.stderr.decode()
+    rows = {row["name"]: row for row in json.loads(done.stdout)["rows"]}
     assert {"Triton kernel", "JPEG on the CPU", "process group", "--out runs"} <= set(rows)
-    assert {name for name, row in rows.items() if row["status"] == "bad"} == set()
+    assert [row for row in rows.values() if row["status"] == "bad"] == []
+    assert done.returncode == 0
     assert list(tmp_path.iterdir()) == []
 
 
