@@ -1,5 +1,8 @@
 """The report as one HTML page that needs nothing besides itself."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
@@ -17,7 +20,7 @@ _QUARANTINED = 200  # rows of that table; the run folder has them all
 
 
 def render_page(run: Run, scores: pa.Table, reader: Reader, samples: int) -> str:
-    """The page as HTML.
+    """The page of a run as HTML.
 
     Args:
         run: what was read of the run folder.
@@ -25,26 +28,60 @@ def render_page(run: Run, scores: pa.Table, reader: Reader, samples: int) -> str
         reader: gives the pictures.
         samples: how many of the most suspicious to show.
     """
-    names = run.index.class_names[: run.config.data.max_label]
-    pairs, detections = confused_pairs(scores), detect(scores)
-    return render(
-        "page.html.jinja",
+    return render_scores(
+        scores,
+        reader,
+        samples,
+        template="page.html.jinja",
         name=run.folder.resolve().name,
+        class_names=run.index.class_names[: run.config.data.max_label],
         essentials=_essentials(run, scores),
         curves=figures.curves(run.metrics),
         surfaces=surfaces(run),
+        quarantine=run.quarantine[:_QUARANTINED],
+        quarantined=len(run.quarantine),
+    )
+
+
+def render_scores(
+    scores: pa.Table,
+    reader: Reader | None,
+    samples: int,
+    *,
+    name: str,
+    class_names: Sequence[str],
+    essentials: Mapping[str, str],
+    template: str = "scores.html.jinja",
+    **more: Any,
+) -> str:
+    """The page of a table of scores as HTML.
+
+    Args:
+        scores: of `score_samples`.
+        reader: gives the pictures of the samples, encoded; None: there are none.
+        samples: how many of the most suspicious to show.
+        name: the page's title.
+        class_names: by label.
+        essentials: lines for the head of the page.
+        template: the page's; one that extends "page.html.jinja".
+        more: what else the template wants.
+    """
+    pairs, detections = confused_pairs(scores), detect(scores)
+    return render(
+        template,
+        name=name,
+        essentials=essentials,
         histograms=figures.histograms(scores),
-        pairs=[(names[given], names[predicted], n) for given, predicted, n in pairs[:_PAIRS]],
-        heat_map=figures.heat_map(pairs, names),
+        pairs=[(class_names[given], class_names[pred], n) for given, pred, n in pairs[:_PAIRS]],
+        heat_map=figures.heat_map(pairs, class_names),
         cards=contact_sheet(scores, reader, samples),
         detections=detections,
         wrong=int(known_wrong(scores)[1].sum()),
         roc=figures.roc(detections) if detections else None,
-        quarantine=run.quarantine[:_QUARANTINED],
-        quarantined=len(run.quarantine),
         suspects=int(scores["suspect"].to_numpy().sum()),
         total=len(scores),
         threshold=SUSPECT,
+        **more,
     )
 
 

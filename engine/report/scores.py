@@ -8,8 +8,10 @@ the end was hard to learn first, and better than weights, which are coarse (0 or
 burn-in (docs/report.md has the figures). It needs no curriculum.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mentorch.engine.data.index import Index, replacing
+from mentorch.engine.data.index import replacing
+
+Labels = NDArray[np.int64]
 
 SUSPECT = 0.5  # suspicion from which on a label that the student does not predict is a suspect
 _FROM_LEDGER = (
@@ -25,12 +29,71 @@ _FROM_LEDGER = (
 )  # fmt: skip
 
 
-def score_samples(ledger: dict[str, NDArray[Any]], index: Index) -> pa.Table:
+class Named(Protocol):
+    """What the scores' table says of samples besides their scores: an `Index`, or `Labelled`."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label."""
+
+    def labels(self) -> Labels:
+        """Given labels, [N]."""
+
+    def clean_labels(self) -> Labels:
+        """Labels known to be right, [N]; −1 where unknown."""
+
+    def paths(self) -> pa.Array:
+        """What to call the samples, [N] strings or nulls."""
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Samples that are in no index.
+
+    Attributes:
+        given: labels, [N] int64 in [0, C).
+        class_names: [C], by label.
+        clean: labels known to be right, [N] int64, −1 where unknown; None: none is known.
+        files: what to call the samples, [N]; None: nothing.
+    """
+
+    given: Labels
+    class_names: tuple[str, ...]
+    clean: Labels | None = None
+    files: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name, column in (("clean", self.clean), ("files", self.files)):
+            if column is not None and len(column) != len(self.given):
+                raise ValueError(
+                    f"{name} has {len(column):,} entries for {len(self.given):,} labels"
+                )
+        for labels in (self.given, *(() if self.clean is None else (self.clean,))):
+            if len(labels) and labels.max() >= len(self.class_names):
+                raise ValueError(
+                    f"label {labels.max()} has no name: there are {len(self.class_names)}"
+                )
+
+    def labels(self) -> Labels:
+        """Given labels, [N]."""
+        return self.given
+
+    def clean_labels(self) -> Labels:
+        """Labels known to be right, [N]; −1 where unknown."""
+        return np.full_like(self.given, -1) if self.clean is None else self.clean
+
+    def paths(self) -> pa.Array:
+        """What to call the samples, [N] strings or nulls."""
+        nothing = pa.nulls(len(self.given), pa.string())
+        return nothing if self.files is None else pa.array(self.files, pa.string())
+
+
+def score_samples(ledger: dict[str, NDArray[Any]], samples: Named) -> pa.Table:
     """Every visited sample with its scores; the columns are those of docs/report.md.
 
     Args:
-        ledger: columns by name, [N] each, N the rows of the index.
-        index: of the training set.
+        ledger: columns by name, [N] each.
+        samples: N rows too: the training set's index, or `Labelled`.
 
     Returns:
         One row a visited sample, by rank.
@@ -45,15 +108,15 @@ def score_samples(ledger: dict[str, NDArray[Any]], index: Index) -> pa.Table:
     order = np.argsort(-ledger["loss_mean"][visited], kind="stable")
     ids = visited[order]
     of = {name: column[ids] for name, column in ledger.items()}
-    given, clean = index.labels()[ids], index.clean_labels()[ids]
+    given, clean = samples.labels()[ids], samples.clean_labels()[ids]
     quality = np.exp(-of["loss_mean"].astype(np.float64))
     differs = (of["predicted"] != given) & (of["predicted"] >= 0)
     columns = {
         "rank": pa.array(np.arange(1, len(ids) + 1)),
         "sample_id": pa.array(ids),
-        "path": index.paths().take(pa.array(ids)),
-        **_label("given", given, index),
-        **_label("predicted", of["predicted"].astype(np.int64), index),
+        "path": samples.paths().take(pa.array(ids)),
+        **_label("given", given, samples),
+        **_label("predicted", of["predicted"].astype(np.int64), samples),
         "given_probability": pa.array(np.exp(-of["loss"].astype(np.float64))),
         "predicted_probability": pa.array(of["probability"]),
         "suspicion": pa.array(1 - quality),
@@ -65,10 +128,10 @@ def score_samples(ledger: dict[str, NDArray[Any]], index: Index) -> pa.Table:
     return pa.table(columns)
 
 
-def _label(what: str, labels: NDArray[np.int64], index: Index) -> dict[str, pa.Array]:
+def _label(what: str, labels: Labels, samples: Named) -> dict[str, pa.Array]:
     # Nothing was predicted where the student's output was no number.
     codes = pa.array(labels.astype(np.int32), mask=labels < 0)
-    names = pa.DictionaryArray.from_arrays(codes, pa.array(index.class_names, pa.string()))
+    names = pa.DictionaryArray.from_arrays(codes, pa.array(samples.class_names, pa.string()))
     return {f"{what}_label": codes, f"{what}_name": names}
 
 

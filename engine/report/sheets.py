@@ -21,7 +21,7 @@ class Card:
     Attributes:
         row: its columns of the scores.
         image: ``data:`` URI; empty when there is no picture.
-        reason: why there is none; empty otherwise.
+        reason: why there is none; empty where none was to be expected, and otherwise.
     """
 
     row: dict[str, Any]
@@ -29,15 +29,17 @@ class Card:
     reason: str
 
 
-def contact_sheet(scores: pa.Table, reader: Reader, count: int) -> list[Card]:
+def contact_sheet(scores: pa.Table, reader: Reader | None, count: int) -> list[Card]:
     """The most suspicious samples with their pictures.
 
     Args:
         scores: rows by rank.
-        reader: gives their bytes.
+        reader: gives their bytes; None: there are no pictures.
         count: how many.
     """
     rows = scores.slice(0, count).to_pylist()
+    if reader is None:
+        return [Card(row, "", "") for row in rows]
     return [Card(row, *thumbnail(reader.read(row["sample_id"]))) for row in rows]
 
 
