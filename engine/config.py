@@ -146,6 +146,9 @@ class CurriculumConfig:
     of that for the dd that ships."""
     decay: float = 0.95
     """Of the moving average of that percentile, per step."""
+    percentile_of: Literal["batch", "class"] = "batch"
+    """ℓ_pt is that of the batch, as in the paper, or of the sample's class: its last losses, for
+    data whose classes differ much in size."""
     burn_in: float = 0.2
     """Share of training before the curriculum sets in."""
     burn_in_dropout: float = 0.5
@@ -205,7 +208,7 @@ class OptimConfig:
 
     name: Literal["sgd", "lars", "lamb"] = "sgd"
     """SGD with momentum; or for batches of many thousands LARS (momentum, too) or LAMB (betas),
-    timm's. Only torch's SGD never waits for the device, and can be captured (`train.engine`)."""
+    timm's. Only torch's SGD never waits for the device, and can be captured (``train.engine``)."""
     trust_coefficient: float = 0.001
     """Of LARS: how far a layer moves in a step, as a share of its norm, at learning rate 1."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -318,7 +321,7 @@ class ParallelConfig:
     """Gradients are exchanged in buckets of this size (MiB), while the rest is computed."""
     static_graph: bool = True
     """The student uses the same parameters in every step, which saves DDP looking for the others.
-    Not for students that leave out layers at random. Has no effect with `train.accumulate`."""
+    Not for students that leave out layers at random. Has no effect with ``train.accumulate``."""
     sync_batchnorm: bool = False
     """Batch norms over the global batch (GPUs only), where each rank has few images."""
 

@@ -99,6 +99,11 @@ def create_criterion(
             "percentile_over='local' does not go with trusted, weight_lr or history_steps: what is "
             "known about a sample must be the same on every rank; take 'global'"
         )
+    if config.percentile_of == "class" and (config.trusted or config.weight_lr):
+        raise ValueError(
+            "percentile_of='class' does not go with trusted or weight_lr, which compare losses with "
+            "the percentile of the batch; take 'batch'"
+        )
     device = labels_N.device
     if config.name in BASELINES:
         # Averaging over ranks is over the global batch in any case.
@@ -132,4 +137,5 @@ def create_criterion(
             curriculum, num_samples=len(labels_N), weight_lr=config.weight_lr, **settings
         ).to(device)
     settings |= {"history_steps": config.history_steps, "num_samples": len(labels_N)}
+    settings |= {"percentile_of": config.percentile_of, "num_classes": num_classes}
     return Reweight(curriculum, **settings).to(device)

@@ -2,6 +2,9 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -9,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mentorch.kernels.reweight import Reweighted
+
+Ranks = dist.ProcessGroup | Literal["world"] | None
+_Same = TypeVar("_Same", bound="Criterion")
 
 
 class Criterion(nn.Module, ABC):
@@ -22,9 +28,13 @@ class Criterion(nn.Module, ABC):
 
     Args:
         ignore_index: label of rows that do not count.
-        group: ranks whose batches form one; each brings the same number of labels.
+        group: ranks whose batches form one; each brings the same number of labels. "world": all
+            ranks there are at the call, be they set up later than this criterion or not at all.
         class_dim: which dimension of the logits the classes are in. 1, as `nn.CrossEntropyLoss` has
             it: [B, C], [B, C, H, W]. −1 for classes that come last: [B, length, C].
+
+    Raises:
+        ValueError: a group of another name than "world".
     """
 
     loss_moving_avg: Tensor
@@ -34,14 +44,33 @@ class Criterion(nn.Module, ABC):
         self,
         *,
         ignore_index: int = -100,
-        group: dist.ProcessGroup | None = None,
+        group: Ranks = None,
         class_dim: int = 1,
     ) -> None:
         super().__init__()
+        if isinstance(group, str) and group != "world":
+            raise ValueError(f"group is 'world', a process group or None, not {group!r}")
         self.ignore_index = ignore_index
-        self.group = group
+        self._ranks = group
         self.class_dim = class_dim
         self.register_buffer("loss_moving_avg", torch.zeros(()))
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks whose batches form one; None: this one alone."""
+        return dist.group.WORLD if isinstance(self._ranks, str) else self._ranks
+
+    def __deepcopy__(self: _Same, memo: dict[int, Any]) -> _Same:
+        # A process group cannot be copied: it is no state but a connection, which copies share.
+        memo[id(self._ranks)] = self._ranks
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
+
+    def _apply(self: _Same, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Same:
+        # Trainers cast whole models to half precision. ℓ_pt moves by less than that can show.
+        return super()._apply(lambda tensor: _keep_precision(tensor, fn(tensor)), recurse)
 
     @abstractmethod
     def weigh_rows(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
@@ -119,6 +148,13 @@ class Criterion(nn.Module, ABC):
             logits, labels = _as_rows(logits, dim), labels.reshape(-1)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(dtype), labels.long(), ignore_index=self.ignore_index)
+
+
+def _keep_precision(tensor: Tensor, moved: Tensor) -> Tensor:
+    """``moved``, or ``tensor`` on its device where it would have lost bits."""
+    if moved.is_floating_point() and moved.dtype.itemsize < tensor.dtype.itemsize:
+        return tensor.to(moved.device)
+    return moved
 
 
 def _as_rows(logits: Tensor, dim: int) -> Tensor:

@@ -16,13 +16,40 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mentorch.engine.criteria import IGNORED
 from mentorch.engine.distributed import World
 from mentorch.kernels.ledger import ROW_BYTES, fields, new_ledger, record, table_rows
 from mentorch.kernels.reweight import Reweighted
 
 Columns = dict[str, NDArray[np.generic]]
 _CHUNK = 4_194_304  # rows that all ranks send at once: 128 MiB with their ids
+
+
+@torch.no_grad()
+def merge_rows(
+    table: Tensor, sample_ids: Tensor, group: dist.ProcessGroup | None = None
+) -> None:
+    """Makes the rows of samples the same in the tables of all ranks, in place.
+
+    Args:
+        table: [N + 1, 24] uint8.
+        sample_ids: [B] int64, those that this rank has visited and no other has; as many on every
+            rank. What is outside [0, N) is no sample.
+        group: the ranks; None: all.
+    """
+    ranks = dist.get_world_size(group)
+    for chunk in sample_ids.split(max(1, _CHUNK // ranks)):
+        rows = table[table_rows(table, chunk)]
+        packed = torch.cat([rows, chunk.contiguous().view(torch.uint8).view(-1, 8)], dim=1)
+        everyones = packed.new_empty(ranks * len(chunk), packed.shape[1])
+        dist.all_gather_into_tensor(everyones, packed, group=group)
+        rows, of_ids = everyones.split([ROW_BYTES, 8], dim=1)
+        everyones_ids = of_ids.contiguous().view(torch.int64).squeeze(1)
+        table[table_rows(table, everyones_ids)] = rows
+
+
+def table_columns(table: Tensor) -> Columns:
+    """The columns of a table [N, 24], which `read_ledger` describes, [N] each."""
+    return {name: column.contiguous().numpy() for name, column in fields(table.cpu()).items()}
 
 
 class Ledger:
@@ -43,26 +70,18 @@ class Ledger:
         self._visited: list[Tensor] = []  # the batches' ids since the last merge, not copied
 
     def __call__(self, sample_ids: Tensor, logits: Tensor, labels: Tensor, out: Reweighted) -> None:
-        """Notes a step."""
-        record(self.table, logits, labels, sample_ids, out.sample_loss, out.sample_weight, IGNORED)
+        """Notes a step; a label of −100, which is what the engine ignores, is no visit."""
+        record(self.table, logits, labels, sample_ids, out.sample_loss, out.sample_weight)
         if self.world.world_size > 1:
             self._visited.append(sample_ids)
 
-    @torch.no_grad()
     def merge(self) -> None:
         """Makes the tables of all ranks equal; every rank calls it, at least once an epoch."""
         if not self._visited:
             return
         ids = torch.cat(self._visited)
         self._visited.clear()
-        for chunk in ids.split(max(1, _CHUNK // self.world.world_size)):
-            rows = self.table[table_rows(self.table, chunk)]
-            packed = torch.cat([rows, chunk.view(torch.uint8).view(-1, 8)], dim=1)
-            everyones = packed.new_empty(self.world.world_size * len(chunk), packed.shape[1])
-            dist.all_gather_into_tensor(everyones, packed)
-            rows, of_ids = everyones.split([ROW_BYTES, 8], dim=1)
-            everyones_ids = of_ids.contiguous().view(torch.int64).squeeze(1)
-            self.table[table_rows(self.table, everyones_ids)] = rows
+        merge_rows(self.table, ids)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The table without its scratch row, as ``ledger.safetensors`` holds it; merge first."""
@@ -84,7 +103,7 @@ class Ledger:
 
     def columns(self) -> Columns:
         """What is known about every sample, [N] each: see `read_ledger`."""
-        return _columns(self.table[:-1].cpu())
+        return table_columns(self.table[:-1])
 
     def save(self, path: Path) -> None:
         """Writes the table (safetensors); merge first."""
@@ -126,8 +145,4 @@ def read_ledger(path: Path) -> Columns:
             f"{path} is no ledger: its table is {list(table.shape)} {table.dtype}, not "
             f"[N, {ROW_BYTES}] torch.uint8"
         )
-    return _columns(table)
-
-
-def _columns(table: Tensor) -> Columns:
-    return {name: column.contiguous().numpy() for name, column in fields(table).items()}
+    return table_columns(table)

@@ -1,21 +1,31 @@
 """`Reweight`: the loss to drop into any loop in place of `nn.CrossEntropyLoss`."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 import torch.distributed as dist
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mentorch.engine.criterion import Criterion
+from mentorch.engine.criterion import Criterion, Ranks
 from mentorch.engine.curricula import resolve_curriculum
+from mentorch.engine.ledger import merge_rows, table_columns
 from mentorch.engine.mentor import MentorNet
+from mentorch.kernels.class_percentile import ClassLosses, new_class_losses
 from mentorch.kernels.example_dropout import ExampleDropout
 from mentorch.kernels.history import new_history
+from mentorch.kernels.ledger import new_ledger, record
 from mentorch.kernels.mentor import EPOCHS, ClosedForm, Curriculum
 from mentorch.kernels.percentile import check_moving_average
 from mentorch.kernels.reweight import MovingAverage, Reweighted, reweight
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PercentileOf = Literal["batch", "class"]
 
 _NEEDS_STEPS = (
     "total_steps is needed: the burn-in, a MentorNet's epoch input and pd_mixture count in shares "
@@ -44,9 +54,17 @@ class Reweight(Criterion):
         moving_avg: "updated": losses are compared with ℓ_pt after their batch, as in the paper;
             "lagged": with ℓ_pt before it, which saves a GPU one pass over the logits where the loss
             goes into ``backward`` as it is, neither scaled nor divided.
+        percentile_of: "batch": the percentile is over the batch, as in the paper; "class": over
+            the last ``class_window`` losses of the sample's class, for data whose classes differ
+            much in size: what is rare is learnt late, and would be dropped. Needs ``num_classes``.
+        num_classes: C, for that.
+        class_window: losses kept of every class, for that.
         history_steps: T, how many visits of a sample a MentorNet's bi-LSTM looks at. Above 1,
             ``num_samples`` is needed and every call takes ``index``.
-        num_samples: N of the data set, for the history (8 T bytes a sample).
+        num_samples: N of the data set, for the history (8 T bytes a sample) and the ledger.
+        ledger: keep what `sample_scores` tells about every sample, 24 bytes each, in the state;
+            ``num_samples`` is needed and every call takes ``index``. Ranks of a ``group`` send each
+            other what they note, 32 bytes a row.
         label_smoothing: ε of the targets, in [0, 1].
         burn_in: share of training before the curriculum sets in (the paper's first 20%), rounded to
             whole percents.
@@ -61,10 +79,11 @@ class Reweight(Criterion):
         exact_dropout: drop an exact count, as the released code does, instead of tossing coins.
         seed: of the dropout's random numbers.
         ignore_index: label of rows that do not count.
-        group: process group whose ranks' batches form one, e.g. ``dist.group.WORLD``: percentile
-            and mean are then over the global batch. None (which ``WORLD`` is before
-            ``init_process_group``): each rank for itself. Every rank brings the same number of
-            labels, so pad what differs in length.
+        group: process group whose ranks' batches form one: percentile and mean are then over the
+            global batch. "world": all ranks, if there are several when a step is taken, so it may
+            be said before the host has set them up. None (which ``dist.group.WORLD`` is before
+            that): each rank for itself. Every rank brings the same number of labels, so pad what
+            differs in length.
         class_dim: which dimension of the logits the classes are in: 1 as for `nn.CrossEntropyLoss`
             ([B, C], [B, C, H, W]), −1 where they come last ([B, length, C]). A label is a sample.
         one_launch: see `mentorch.kernels.reweight.reweight`.
@@ -79,6 +98,9 @@ class Reweight(Criterion):
 
     step: Tensor
     history: Tensor | None
+    ledger: Tensor | None
+    class_losses: Tensor | None
+    class_seen: Tensor | None
 
     def __init__(
         self,
@@ -88,8 +110,12 @@ class Reweight(Criterion):
         loss_percentile: float = 0.75,
         decay: float = 0.95,
         moving_avg: MovingAverage = "updated",
+        percentile_of: PercentileOf = "batch",
+        num_classes: int | None = None,
+        class_window: int = 128,
         history_steps: int = 1,
         num_samples: int | None = None,
+        ledger: bool = False,
         label_smoothing: float = 0.0,
         burn_in: float = 0.2,
         burn_in_dropout: float = 0.5,
@@ -101,7 +127,7 @@ class Reweight(Criterion):
         freeze_epoch: bool = False,
         seed: int = 0,
         ignore_index: int = -100,
-        group: dist.ProcessGroup | None = None,
+        group: Ranks = None,
         class_dim: int = 1,
         one_launch: bool = False,
     ) -> None:
@@ -116,12 +142,21 @@ class Reweight(Criterion):
         check_moving_average(loss_percentile, decay)
         if moving_avg not in get_args(MovingAverage):
             raise ValueError(f"moving_avg is 'updated' or 'lagged', not {moving_avg!r}")
+        if percentile_of not in get_args(PercentileOf):
+            raise ValueError(f"percentile_of is 'batch' or 'class', not {percentile_of!r}")
+        if percentile_of == "class" and (num_classes is None or moving_avg == "lagged"):
+            raise ValueError(
+                "percentile_of='class' needs num_classes, and moving_avg='updated': a class's "
+                "percentile is of its last losses"
+            )
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
         if history_steps > 1 and num_samples is None:
             raise ValueError(
                 f"history_steps={history_steps} needs num_samples, the data set's size"
             )
+        if ledger and num_samples is None:
+            raise ValueError("ledger=True needs num_samples, the data set's size")
         # A copy: the caller may go on training theirs.
         self.mentor = (
             deepcopy(resolved).requires_grad_(False) if isinstance(resolved, MentorNet) else None
@@ -145,10 +180,19 @@ class Reweight(Criterion):
         self.seed = seed
         self.one_launch = one_launch
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        kept_losses = (
+            new_class_losses(num_classes, class_window)
+            if percentile_of == "class" and num_classes is not None
+            else (None, None)
+        )
+        self.register_buffer("class_losses", kept_losses[0])
+        self.register_buffer("class_seen", kept_losses[1])
         kept = num_samples if history_steps > 1 else None
         self.register_buffer(
             "history", new_history(kept, history_steps) if kept is not None else None
         )
+        noted = num_samples if ledger else None
+        self.register_buffer("ledger", None if noted is None else new_ledger(noted))
 
     def curriculum(self) -> Curriculum:
         """The curriculum in force, as the kernels take it."""
@@ -168,12 +212,15 @@ class Reweight(Criterion):
     def weigh_rows(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
         """The fused step; arguments as `Criterion.weigh_rows`.
 
-        ``index`` makes example dropout a property of the sample. With a history no sample may come
-        twice in a batch, over all ranks.
+        ``index`` makes example dropout a property of the sample. With a history or a ledger no
+        sample may come twice in a batch, over all ranks.
         """
-        if self.history is not None and index is None:
-            raise ValueError("a history is kept by sample: call criterion(logits, labels, index)")
-        return reweight(
+        for kept, name in ((self.history, "history"), (self.ledger, "ledger")):
+            if kept is not None and index is None:
+                raise ValueError(
+                    f"a {name} is kept by sample: call criterion(logits, labels, index)"
+                )
+        out = reweight(
             logits,
             labels,
             self.curriculum(),
@@ -192,7 +239,60 @@ class Reweight(Criterion):
             group=self.group,
             advance=True,
             one_launch=self.one_launch,
+            class_losses=self._kept_by_class(),
         )
+        if index is not None:
+            self._note(logits, labels, index, out)
+        return out
+
+    def _note(self, logits: Tensor, labels: Tensor, index: Tensor, out: Reweighted) -> None:
+        """Adds a step to the ledger, if there is one; afterwards that of all ranks is the same."""
+        if self.ledger is None:
+            return
+        loss, weight = out.sample_loss, out.sample_weight
+        record(self.ledger, logits, labels, index, loss, weight, self.ignore_index)
+        group = self.group
+        if group is not None and dist.get_world_size(group) > 1:
+            # At once: a host may save one rank's state at any moment, as if it were everyone's.
+            merge_rows(self.ledger, index, group)
+
+    def sample_scores(
+        self,
+        labels: ArrayLike,
+        class_names: Sequence[str] | None = None,
+        *,
+        clean_labels: ArrayLike | None = None,
+        paths: Sequence[str] | None = None,
+    ) -> "pa.Table":
+        """What training knows about every sample, the most suspicious label first.
+
+        Args:
+            labels: [N] integers, the given labels by sample id; of tokens or pixels flat.
+            class_names: [C], by label; by default the labels' numbers.
+            clean_labels: [N], those known to be right; below 0 where unknown.
+            paths: [N], what to call the samples.
+
+        Returns:
+            A row a visited sample, with the columns of docs/report.md;
+            `mentorch.engine.report.scores.write_scores` writes it as Parquet.
+
+        Raises:
+            ValueError: no ledger, no sample visited yet, or labels that do not fit.
+            ImportError: pyarrow is missing.
+        """
+        if self.ledger is None:
+            raise ValueError("nothing is kept by sample: make it with Reweight(…, ledger=True)")
+        try:
+            from mentorch.engine.report.arrays import score_arrays
+        except ImportError as error:
+            raise ImportError("the table needs pyarrow: pip install 'mentorch[train]'") from error
+        columns = table_columns(self.ledger[:-1])
+        return score_arrays(columns, labels, class_names, clean_labels, paths)
+
+    def _kept_by_class(self) -> ClassLosses | None:
+        if self.class_losses is None or self.class_seen is None:
+            return None
+        return ClassLosses(self.class_losses, self.class_seen)
 
     def extra_repr(self) -> str:
         """What `print(criterion)` shows."""

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mentorch.kernels.backend import runs_kernels
+from mentorch.kernels.class_percentile import ClassLosses, class_percentile, remember_losses
 from mentorch.kernels.cross_entropy import check_logits, cross_entropy_gradient, cross_entropy_ref
 from mentorch.kernels.example_dropout import ExampleDropout, example_dropout_ref
 from mentorch.kernels.fused import (
@@ -70,7 +71,15 @@ def _check(
     loss_moving_avg: Tensor,
     step: Tensor | int,
     advance: bool,
+    class_losses: ClassLosses | None = None,
 ) -> None:
+    if class_losses is not None and len(class_losses.seen) - 1 < logits.shape[1]:
+        raise ValueError(
+            f"the logits have {logits.shape[1]} classes, and losses are kept of "
+            f"{len(class_losses.seen) - 1}: give num_classes={logits.shape[1]}"
+        )
+    if class_losses is not None and moving_avg == "lagged":
+        raise ValueError("a percentile by class is of the class's last losses: not with 'lagged'")
     check_logits(logits, labels, label_smoothing)
     if isinstance(curriculum, MentorWeights) and curriculum.use_label:
         known = curriculum.label_embedding.shape[0]
@@ -97,6 +106,7 @@ def _check(
         raise ValueError(f"to advance, step must be a tensor that can be changed, not {step!r}")
     elsewhere = {"loss_moving_avg": loss_moving_avg, "step": step, "epoch_pct": epoch_pct}
     elsewhere |= {"sample_ids (index)": sample_ids, "history": history}
+    elsewhere["the classes' losses"] = None if class_losses is None else class_losses.window
     if isinstance(curriculum, MentorWeights):
         curriculum.check_steps(1 if history is None else history.shape[1])
         elsewhere["the MentorNet"] = curriculum.fc1_weight
@@ -164,11 +174,12 @@ def reweight_ref(
     group: dist.ProcessGroup | None = None,
     advance: bool = False,
     one_launch: bool = False,
+    class_losses: ClassLosses | None = None,
 ) -> Reweighted:
     """The definition, in plain PyTorch; arguments as `reweight`."""
     _check(
         logits, labels, curriculum, epoch_pct, total_steps, sample_ids, history, moving_avg,
-        label_smoothing, loss_moving_avg, step, advance,
+        label_smoothing, loss_moving_avg, step, advance, class_losses,
     )  # fmt: skip
     check_moving_average(loss_percentile, decay)
     labels = labels.long()
@@ -183,7 +194,13 @@ def reweight_ref(
         percentile = percentile_ref(everyone, loss_percentile)
         new_avg = moving_average_ref(loss_moving_avg, percentile, decay)
         base = (loss_moving_avg if moving_avg == "lagged" else new_avg).to(sample_loss.dtype)
-        steps = sample_loss, sample_loss - base
+        own = everyones = base
+        if class_losses is not None:
+            labels_W = _gather(labels, group)
+            remember_losses(class_losses, labels_W, everyone)
+            everyones = class_percentile(class_losses, labels_W, loss_percentile).to(base.dtype)
+            own = everyones.narrow(0, _first_row(labels, group), len(labels))
+        steps = sample_loss, sample_loss - own
         if history is not None and isinstance(curriculum, MentorWeights):
             steps = history_steps_ref(history, sample_ids, *steps)
         label_input = labels.masked_fill(~valid, 0)  # ignore_index is no row of the embedding
@@ -194,7 +211,9 @@ def reweight_ref(
             weight = weight.masked_fill(sample_ids >= history.shape[0] - 1, torch.nan)
         weight = weight.masked_fill(~valid, 0.0)
         if history is not None:
-            update_history_ref(history, _gather(sample_ids, group), everyone, everyone - base)
+            update_history_ref(
+                history, _gather(sample_ids, group), everyone, everyone - everyones
+            )
         if advance:
             loss_moving_avg.copy_(new_avg)
             assert isinstance(step, Tensor)
@@ -283,6 +302,7 @@ def reweight(
     group: dist.ProcessGroup | None = None,
     advance: bool = False,
     one_launch: bool = False,
+    class_losses: ClassLosses | None = None,
 ) -> Reweighted:
     """Weights every sample of a batch by a curriculum and takes the weighted loss, as above.
 
@@ -323,6 +343,9 @@ def reweight(
         one_launch: on one GPU, keep the logits on the chip between loss and gradient where they
             fit: a single cooperative launch. The results are the same; as for "lagged", it pays for
             an upstream gradient of 1. Not the default: where it wins has not been measured yet.
+        class_losses: from `new_class_losses`: differences are then taken from the percentile of the
+            row's class (`class_percentile`) and the batch's losses are put in. Not fused: plain
+            PyTorch, without a host sync. ``loss_moving_avg`` goes on, and decides nothing.
 
     Returns:
         `Reweighted`. A batch with no valid row has loss 0 and leaves ℓ_pt as it was.
@@ -331,12 +354,12 @@ def reweight(
         ValueError: shapes or parameters out of range.
     """
     rest = {"loss_percentile": loss_percentile, "decay": decay, "label_smoothing": label_smoothing}
-    if not runs_kernels(logits):
+    if class_losses is not None or not runs_kernels(logits):
         return reweight_ref(
             logits, labels, curriculum, loss_moving_avg, epoch_pct, moving_avg=moving_avg,
             dropout=dropout, seed=seed, step=step, total_steps=total_steps, sample_ids=sample_ids,
             history=history, ignore_index=ignore_index, group=group, advance=advance,
-            one_launch=one_launch, **rest,
+            one_launch=one_launch, class_losses=class_losses, **rest,
         )  # fmt: skip
     _check(
         logits, labels, curriculum, epoch_pct, total_steps, sample_ids, history, moving_avg,

@@ -241,6 +241,12 @@ def test_compiles_as_one_graph(curriculum):
         ({"total_steps": 9, "burn_in": 20}, "burn_in.*20"),
         ({"total_steps": 9, "burn_in": -0.2}, "-0.2"),
         ({"total_steps": 9, "burn_in_dropout": 1.5}, "1.5"),
+        ({"total_steps": 9, "percentile_of": "class"}, "num_classes"),
+        ({"total_steps": 9, "percentile_of": "classes"}, "'classes'"),
+        (
+            {"total_steps": 9, "percentile_of": "class", "num_classes": 3, "moving_avg": "lagged"},
+            "updated",
+        ),
         ({"total_steps": 9, "example_dropout": 1.0}, "1.0"),
     ],
 )
@@ -296,10 +302,13 @@ def global_batch(step, dtype):
 def train(group, rows, dtype):
     """Gradients, weights and ℓ_pt of all steps, of the rows of one rank or of all."""
     found = {}
-    for name in ("linear", "mentor", "history"):
+    for name in ("linear", "mentor", "history", "by class"):
         criterion = Reweight(
             name if name == "linear" else mentor(),
-            history_steps=3 if name == "history" else 1,
+            history_steps=3 if name in ("history", "by class") else 1,
+            percentile_of="class" if name == "by class" else "batch",
+            num_classes=5,
+            class_window=8,  # a batch has more of a class than that
             num_samples=RANKS * ROWS,
             total_steps=STEPS,
             burn_in=0.25,
@@ -310,7 +319,7 @@ def train(group, rows, dtype):
         for step in range(STEPS):
             logits, labels, ids = global_batch(step, dtype)
             leaf = logits[rows].requires_grad_()
-            index = ids[rows] if name == "history" else None
+            index = ids[rows] if criterion.history is not None else None
             out = criterion.weigh(leaf, labels[rows], index)
             out.loss.backward()
             found[f"{name}.{step}.gradient"] = leaf.grad
@@ -335,7 +344,7 @@ def assert_one_batch(found, dtype):
     for key, expected in train(None, slice(None), dtype).items():
         of_ranks = [of_rank[key] for of_rank in found]
         # The history is float32 whatever the logits are.
-        rtol = 1e-5 if dtype == torch.float32 or key.startswith("history") else 1e-13
+        rtol = 1e-5 if dtype == torch.float32 or key.startswith(("history", "by class")) else 1e-13
         if key.endswith("average"):
             assert torch.equal(of_ranks[0], of_ranks[1])
             assert torch.equal(of_ranks[0], expected)

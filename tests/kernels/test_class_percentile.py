@@ -1,0 +1,105 @@
+"""The percentile by class against a loop over Python's lists."""
+
+from collections import deque
+
+import pytest
+import torch
+
+from mentorch.kernels.class_percentile import (
+    class_percentile,
+    new_class_losses,
+    remember_losses,
+)
+from mentorch.kernels.mentor import ClosedForm
+from mentorch.kernels.percentile import percentile_ref
+from mentorch.kernels.reweight import reweight
+
+WINDOW = 5
+
+
+def draw(rows, classes, seed):
+    """Labels of which class 0 has most, one row in eight of no class; losses, one in ten absent."""
+    random = torch.Generator().manual_seed(seed)
+    labels = (torch.rand(rows, generator=random).square() * classes).long()
+    labels[torch.rand(rows, generator=random) < 1 / 8] = -100
+    losses = torch.randn(rows, generator=random).abs()
+    losses[torch.rand(rows, generator=random) < 0.1] = torch.nan
+    return labels, losses
+
+
+# p: the ends, the default, and 0.5, where ranks fall on ties of the rounding.
+@pytest.mark.parametrize("p", [0.0, 0.5, 0.75, 1.0])
+def test_it_is_the_percentile_of_each_classs_last_losses(p):
+    kept = new_class_losses(4, WINDOW)
+    last = [deque(maxlen=WINDOW) for _ in range(4)]
+    for step in range(12):
+        # 1 row: most classes missing; 64: class 0 has more rows than the window holds.
+        labels, losses = draw((1, 7, 64)[step % 3], 4, step)
+        remember_losses(kept, labels, losses)
+        for label, loss in zip(labels.tolist(), losses.tolist(), strict=True):
+            if label >= 0 and loss == loss:
+                last[label].append(loss)
+        asked = torch.tensor([0, 1, 2, 3, 3, -100, 4])
+        found = class_percentile(kept, asked, p)
+        wanted = [
+            percentile_ref(torch.tensor(list(last[c])), p).item() if last[c] else float("nan")
+            for c in (0, 1, 2, 3, 3)
+        ]
+        torch.testing.assert_close(
+            found, torch.tensor([*wanted, torch.nan, torch.nan]), rtol=0, atol=0, equal_nan=True
+        )
+
+
+def test_the_oldest_loss_makes_room():
+    kept = new_class_losses(1, 3)
+    for loss in (9.0, 1.0, 2.0, 3.0):
+        remember_losses(kept, torch.tensor([0]), torch.tensor([loss]))
+    assert class_percentile(kept, torch.tensor([0]), 1.0).item() == 3.0
+
+
+@pytest.mark.parametrize(("classes", "window"), [(0, 5), (3, 0)])
+def test_sizes_below_one_are_refused(classes, window):
+    with pytest.raises(ValueError, match="at least 1"):
+        new_class_losses(classes, window)
+
+
+def step(kept, logits, labels, **options):
+    return reweight(
+        logits, labels, ClosedForm("self_paced"), torch.zeros(()), torch.tensor(50),
+        loss_percentile=0.5, class_losses=kept, **options,
+    )  # fmt: skip
+
+
+def test_a_rare_class_keeps_its_share():
+    """Class 1 has losses that are all above those of class 0: over the batch none would stay."""
+    labels = torch.tensor([0] * 8 + [1] * 4)
+    logits = torch.zeros(12, 2)
+    logits[:8, 0] = torch.linspace(3, 4, 8)
+    logits[8:, 0] = torch.linspace(1, 2, 4)
+    by_batch = step(None, logits, labels).sample_weight
+    by_class = step(new_class_losses(2, 16), logits, labels).sample_weight
+    assert by_batch[8:].sum() == 0
+    assert by_class[:8].sum() == 4
+    assert by_class[8:].sum() == 2
+
+
+def test_gradients_and_ignored_rows():
+    logits = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 1, -100, 2, 1, 0])
+    kept = new_class_losses(3, 4)
+    out = step(kept, logits, labels)
+    out.loss.backward()
+    assert out.sample_weight[2] == 0
+    assert kept.seen.tolist()[:3] == [2, 2, 1]
+    wanted = out.sample_weight / 5
+    softmax = logits.detach().softmax(1)
+    hot = torch.nn.functional.one_hot(labels.clamp(min=0), 3)
+    torch.testing.assert_close(logits.grad, wanted[:, None] * (softmax - hot))
+
+
+def test_what_does_not_go_together_is_refused():
+    logits, labels = torch.randn(2, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="num_classes=3"):
+        step(new_class_losses(2, 4), logits, labels)
+    with pytest.raises(ValueError, match="lagged"):
+        step(new_class_losses(3, 4), logits, labels, moving_avg="lagged")
