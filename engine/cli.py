@@ -1,36 +1,118 @@
-"""Command lines, made from signatures and dataclasses: `mentorch …` and the recipes' options."""
+"""Command lines, made from signatures and dataclasses: `mentorch …` and the recipes' options.
 
+Nothing heavy is imported here: the screen of `mentorch --help` must be there at once, and every
+command imports what it needs itself.
+"""
+
+import errno
 import os
+import select
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import tyro
-
-from mentorch.engine.config_files import C, load_config
+import mentorch
 from mentorch.engine.failure import RunFailed
 
-FAILED, USER_ERROR = 1, 2  # exit statuses
-_USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ImportError)
+if TYPE_CHECKING:
+    from mentorch.engine.config import RunConfig
+
+C = TypeVar("C", bound="RunConfig")
+
+# Exit statuses; docs/command_line.md has them for users.
+FAILED, USER_ERROR, INTERRUPTED, NO_READER = 1, 2, 130, 141
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run_cleanly(function: Callable[[], Any]) -> int:
     """Runs a command; what is wrong with the input becomes one line and exit status 2."""
     try:
+        status = _status(function)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        return NO_READER
+    return status
+
+
+def _status(function: Callable[[], Any]) -> int:
+    """Exit status of a command; anything unforeseen is a bug, and keeps its traceback."""
+    try:
         result = function()
-    except _USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+    except SystemExit as error:  # the parser's: help was asked for, or the options are wrong
+        if not isinstance(error.code, int | None):
+            raise
+        return error.code or 0
+    except ModuleNotFoundError as error:
+        return _complain(_what_to_install(error), USER_ERROR)
     except RunFailed as error:
-        if os.environ.get("RANK", "0") == "0":  # all ranks say the same
-            print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        return _complain(str(error), FAILED)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+    except (ValueError, ImportError) as error:
+        return _complain(str(error), USER_ERROR)
+    except OSError as error:
+        return _complain(_about_file(error), FAILED if error.errno in _FULL else USER_ERROR)
     return result if isinstance(result, int) else 0
+
+
+def _complain(message: str, status: int) -> int:
+    """Tells what is wrong; of a failed run all ranks would say the same."""
+    if status == USER_ERROR or os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads the output any more (``… | head -1``); if so, nothing more is said."""
+    out = select.poll()
+    out.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in out.poll(0)):
+        return False
+    # Or Python would try again to write what is left, at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def _what_to_install(error: ModuleNotFoundError) -> str:
+    package = (error.name or "").split(".")[0]
+    if package in ("mentorch", ""):
+        raise error
+    extra = "dali-cuda13 (or dali-cuda12)" if package == "nvidia" else "train"
+    return (
+        f"this needs {error.name}, which is not installed. It comes with mentorch's extra {extra}: "
+        f"pip install 'mentorch[{extra.split()[0]}]', or ./setup in a clone of the repository"
+    )
+
+
+def _about_file(error: OSError) -> str:
+    """A system error as a sentence with its file and a way out; ours are sentences already."""
+    if error.filename is None:
+        if error.errno is None:
+            return str(error)
+        raise error  # of no file: not something that the user has named
+    ways_out = {
+        errno.ENOENT: "look for a slip in the path",
+        errno.EEXIST: "a file is where a folder should be; name another one",
+        errno.ENOTDIR: "a file is where a folder should be; name another one",
+        errno.EISDIR: "name a file in that folder",
+        errno.EACCES: "change its permissions, or name another place (most commands take --out)",
+        errno.EPERM: "change its permissions, or name another place (most commands take --out)",
+        errno.EROFS: "name another place (most commands take --out)",
+    } | dict.fromkeys(_FULL, "make room, and give the same command again")
+    way_out = ways_out.get(error.errno or 0)
+    if way_out is None:
+        raise error
+    return f"{error.filename}: {(error.strerror or '').lower()}; {way_out}"
+
+
+# ---- Recipes ------------------------------------------------------------------------------------
 
 
 def parse(kind: type[C], default: C, arguments: Sequence[str] | None = None) -> C:
@@ -44,6 +126,10 @@ def parse(kind: type[C], default: C, arguments: Sequence[str] | None = None) -> 
     Raises:
         ValueError, FileNotFoundError: ``--resume`` names no run folder of this recipe.
     """
+    import tyro
+
+    from mentorch.engine.config_files import load_config
+
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     resumed, folder = (_value_of(option, arguments) for option in ("--resume", "--folder"))
     saved = Path(resumed or folder or "") / "config.json"
@@ -62,31 +148,169 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
     return None
 
 
+# ---- mentorch … ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: `function` is imported only when it is given. Its signature is the options."""
+
+    name: str
+    operands: str
+    about: str
+    function: str
+
+    def load(self) -> Callable[..., Any]:
+        """Imports the function."""
+        module, _, name = self.function.partition(":")
+        return getattr(import_module(f"mentorch.engine.{module}"), name)  # type: ignore[no-any-return]
+
+
+GROUPS: dict[str, tuple[Command, ...]] = {
+    "Data sets": (
+        Command("index webvision", "ROOT", "index WebVision 1.0, verify every image",
+                "data.commands:webvision"),
+        Command("index imagenet", "ROOT", "the same of ImageNet (ILSVRC-2012)",
+                "data.commands:imagenet"),
+        Command("index folder", "ROOT", "the same of a folder of class folders",
+                "data.commands:folder"),
+        Command("noise", "INDEX", "put label noise on an index", "data.commands:noise"),
+        Command("shard", "INDEX OUT", "write its images as tar shards", "data.commands:shard"),
+    ),
+    "Wrong labels": (
+        Command("find-issues", "FOLDER", "a data set's wrong labels, without a run of your own",
+                "issues.command:find_issues"),
+        Command("report", "RUN", "a run's most suspicious labels, as a page and a table",
+                "report.command:report"),
+    ),
+    "Curricula": (
+        Command("show curriculum", "NAME", "draw one: PNG, or an HTML page",
+                "report.show:curriculum"),
+        Command("train-mentor", "--out FILE", "learn a MentorNet from a known curriculum",
+                "mentor_training:train_mentor"),
+        Command("mentor-table", "--out FILE", "how well each architecture learns each of them",
+                "fit_table:mentor_table"),
+    ),
+    "This machine": (
+        Command("doctor", "", "what works here, and what to do about what does not",
+                "doctor:doctor"),
+    ),
+}  # fmt: skip
+COMMANDS = {command.name: command for group in GROUPS.values() for command in group}
+SHELLS = ("bash", "zsh", "fish")
+
+_HEAD = """mentorch {version}: train image classifiers on labels that are partly wrong
+
+Training starts from a recipe, in a clone of the repository:
+  torchrun recipes/webvision_irv2.py              real digits, minutes on two cores
+  torchrun recipes/webvision_irv2.py --dry-run    the plan: steps, memory, time; trains nothing
+  torchrun recipes/webvision_irv2.py --help       all its options
+"""
+_TAIL = f"""
+Options
+  mentorch COMMAND --help               its options, with units and defaults
+  mentorch --version
+  mentorch --print-completion SHELL     a script that completes commands and options:
+                                        {", ".join(SHELLS)}
+Examples
+  mentorch index folder /data/mine
+  mentorch noise /data/mine/folder.index.parquet --rate 0.4 --seed 1
+  mentorch show curriculum pd --out pd.html
+  mentorch report runs/webvision_irv2-20260101-120000
+
+Exit status: 0 fine, 1 failed, 2 wrong input, 130 interrupted."""
+
+# tyro completes no operands, and gives one empty word for nothing; then files are meant.
+_FILES_TOO = """_mentorch() { _tyro_mentorch "$@"; [[ -n ${COMPREPLY[0]} ]] || COMPREPLY=(); }
+complete -o default -F _mentorch mentorch"""
+
+
 def main() -> None:
-    """`mentorch`: index, noise, shard, train-mentor, mentor-table, report, show, doctor."""
-    from mentorch.engine.doctor import doctor
+    """The console script."""
+    sys.exit(run_cleanly(lambda: _main(sys.argv[1:])))
 
-    if sys.argv[1:2] == ["doctor"]:  # by itself: what the others import may be what is missing
-        sys.exit(run_cleanly(lambda: tyro.cli(doctor, prog="mentorch doctor", args=sys.argv[2:])))
-    from mentorch.engine.data import commands
-    from mentorch.engine.fit_table import mentor_table
-    from mentorch.engine.mentor_training import train_mentor
-    from mentorch.engine.report.command import report
-    from mentorch.engine.report.show import curriculum
 
-    app = tyro.extras.SubcommandApp()
-    index = tyro.extras.SubcommandApp()
-    for function in (commands.webvision, commands.imagenet, commands.folder):
-        index.command(function)
-    app.command(index, name="index", help="Make the index of a data set; verify its images.")
-    app.command(commands.noise)
-    app.command(commands.shard)
-    app.command(train_mentor)
-    app.command(mentor_table)
-    app.command(report)
-    show = tyro.extras.SubcommandApp()
-    show.command(curriculum)
-    app.command(show, name="show", help="Draw a curriculum: PNG, or one HTML page.")
-    app.command(doctor)
-    about = "Indexes, label noise, MentorNets, reports. Training starts from recipes/ (torchrun)."
-    sys.exit(run_cleanly(lambda: app.cli(description=about)))
+def _main(words: Sequence[str]) -> Any:
+    if not words or words[0] in ("-h", "--help"):
+        return print(screen())
+    if words[0] == "--version":
+        return print(f"mentorch {mentorch.__version__}")
+    if words[0] == "--print-completion":
+        return print_completion(words[1:])
+    for length in (1, 2):
+        command = COMMANDS.get(" ".join(words[:length]))
+        if command is not None:
+            return _call(command, words[length:])
+    return _not_a_command(words)
+
+
+def screen() -> str:
+    """What `mentorch --help` prints."""
+    lines = [_HEAD.format(version=mentorch.__version__)]
+    for title, commands in GROUPS.items():
+        lines += [title, *_lines(commands)]
+    return "\n".join(lines) + "\n" + _TAIL
+
+
+def _lines(commands: Iterable[Command]) -> Iterator[str]:
+    for command in commands:
+        yield f"  {f'mentorch {command.name} {command.operands}':<36}  {command.about}"
+
+
+def _call(command: Command, words: Sequence[str]) -> Any:
+    import tyro
+
+    return tyro.cli(command.load(), prog=f"mentorch {command.name}", args=list(words))
+
+
+def _not_a_command(words: Sequence[str]) -> Any:
+    first, *others = words
+    within = [name for name in COMMANDS if name.startswith(f"{first} ")]
+    if within and (not others or others[0] in ("-h", "--help")):
+        kinds = _lines(COMMANDS[name] for name in within)
+        return print("\n".join([f"mentorch {first} is one of", *kinds]))
+    if within:
+        near = get_close_matches(" ".join(words[:2]), within, n=1)
+        likely = near or [f"{name} {others[0]}" for name in within if Path(others[0]).exists()]
+        raise ValueError(_unknown(f"mentorch {first} {others[0]}", likely or within))
+    # A slip in the first word, whether one word or two make the command.
+    near = get_close_matches(first, [name.split()[0] for name in COMMANDS], n=1, cutoff=0.5)
+    raise ValueError(_unknown(f"mentorch {first}", [n for n in COMMANDS if n.split()[0] in near]))
+
+
+def _unknown(given: str, likely: Sequence[str]) -> str:
+    meant = " or ".join(f"mentorch {name}" for name in likely)
+    return f"there is no command {given!r}" + (
+        f"; did you mean {meant}?" if meant else "; mentorch --help shows what there is"
+    )
+
+
+def print_completion(words: Sequence[str]) -> None:
+    """Prints the completion script of a shell, made from the signatures of all commands.
+
+    Args:
+        words: the shell's name.
+
+    Raises:
+        ValueError: not one of `SHELLS`.
+    """
+    if len(words) != 1 or words[0] not in SHELLS:
+        raise ValueError(
+            f"--print-completion takes one of {', '.join(SHELLS)}, got {' '.join(words) or 'none'}"
+        )
+    import tyro
+
+    app, groups = tyro.extras.SubcommandApp(), {}
+    for command in COMMANDS.values():
+        first, _, second = command.name.partition(" ")
+        if second and first not in groups:
+            groups[first] = tyro.extras.SubcommandApp()
+            app.command(groups[first], name=first)
+        groups.get(first, app).command(name=second or first)(command.load())
+    try:
+        app.cli(prog="mentorch", args=["--tyro-print-completion", *words])
+    except SystemExit as ended:  # tyro's way to return
+        if ended.code:
+            raise
+    if words[0] == "bash":
+        print(_FILES_TOO)

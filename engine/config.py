@@ -351,6 +351,9 @@ class RunConfig:
     profile: int = 0
     """Steps to trace, soon after the start or restart: `profile` in the run folder then says what
     they spend their time on (docs/throughput.md). 0 traces none."""
+    dry_run: bool = False
+    """Tell what the run would be, and train and write nothing: steps, memory, time, and whatever is
+    wrong with these options (docs/command_line.md)."""
     data: DataConfig = field(default_factory=DataConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)

@@ -70,7 +70,10 @@ class Criterion(nn.Module, ABC):
 
     def _apply(self: _Same, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Same:
         # Trainers cast whole models to half precision. ℓ_pt moves by less than that can show.
-        return super()._apply(lambda tensor: _keep_precision(tensor, fn(tensor)), recurse)
+        super()._apply(  # type: ignore[no-untyped-call]
+            lambda tensor: _keep_precision(tensor, fn(tensor)), recurse
+        )
+        return self
 
     @abstractmethod
     def weigh_rows(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:

@@ -222,8 +222,8 @@ def cores() -> list[Finding]:
     return [Finding("cores", "ok", found)]
 
 
-def memory() -> list[Finding]:
-    """Memory that is available, or the limit of the control group if that is less."""
+def available_memory() -> tuple[int, int]:
+    """Bytes available and in all; of the control group where its limit is less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
     least, total = kib["MemAvailable"] * 1024, kib["MemTotal"] * 1024
@@ -231,6 +231,12 @@ def memory() -> list[Finding]:
         limit = file.read_text().strip()
         if limit.isdecimal():
             total, least = min(total, int(limit)), min(least, int(limit))
+    return least, total
+
+
+def memory() -> list[Finding]:
+    """Memory that is available."""
+    least, total = available_memory()
     found = f"{least / GIB:.1f} GiB available of {total / GIB:.1f}"
     if least < _LEAST_MEMORY:
         way_out = "end other programs or raise the container's limit (--memory); 4 GiB are little"

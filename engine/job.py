@@ -17,12 +17,13 @@ from mentorch.engine.checkpoint_files import checkpoints
 from mentorch.engine.config import RunConfig
 from mentorch.engine.config_files import save_config
 from mentorch.engine.data.datasets import Samples, open_datasets
-from mentorch.engine.data.pipelines import Loader, digest
+from mentorch.engine.data.pipelines import Loader
 from mentorch.engine.data.quarantine import Quarantine, beyond_chance
 from mentorch.engine.distributed import World, distributed
 from mentorch.engine.evaluate import evaluate
 from mentorch.engine.failure import RunFailed
 from mentorch.engine.files import replace_text
+from mentorch.engine.fingerprint import check_fingerprint, fingerprint
 from mentorch.engine.launch import exit_status, launch_id, launcher, run_folder
 from mentorch.engine.ledger import Ledger
 from mentorch.engine.messages import (
@@ -35,6 +36,7 @@ from mentorch.engine.messages import (
 )
 from mentorch.engine.parallel import share_buffers
 from mentorch.engine.pictures import Pictures
+from mentorch.engine.plan import dry_run
 from mentorch.engine.profile import Tracer
 from mentorch.engine.saving import Saver
 from mentorch.engine.scores import KIND, Scores
@@ -134,12 +136,7 @@ class Job:
         if found is None:
             return None
         models, state, own, random = load_checkpoint(found, self.world.rank)
-        for name, here in self.fingerprint.items():
-            if state["fingerprint"].get(name, here) != here:  # an older run did not note all
-                raise ValueError(
-                    f"{found} was made with {name} {state['fingerprint'][name]!r}, this run "
-                    f"has {here!r}: it would not go on as it was. Undo that, or start a new run"
-                )
+        check_fingerprint(found, state["fingerprint"], self.fingerprint)
         ranks = self.world.world_size
         if state["ranks"] != ranks:
             self.notes.append(f"begun on {state['ranks']} ranks, going on with {ranks}")
@@ -155,18 +152,7 @@ class Job:
     @cached_property
     def fingerprint(self) -> dict[str, str | int | bool]:
         """What must not change between a run and its resumption, by name. The ranks may."""
-        config = self.config
-        return {
-            "seed": config.seed,
-            "train.batch_size": config.train.batch_size,
-            "train.accumulate": config.train.accumulate,
-            "student.name": config.student.name,
-            "classes": len(self.datasets.classes),
-            "precision": str(self.spade.dtype),
-            "an average of the weights": self.spade.average is not None,
-            **self.loader.fingerprint(),
-            "training labels": digest(self.datasets.train.labels_N),
-        }
+        return fingerprint(self.config, self.datasets, self.spade, self.loader)
 
     # ---- Training -------------------------------------------------------------------------------
 
@@ -378,11 +364,13 @@ class Job:
 
 
 def run(config: RunConfig) -> int:
-    """Runs a job on this rank.
+    """Runs a job on this rank; with ``dry_run`` it only tells what that would be.
 
     Returns:
         The process's exit status: `exit_status`.
     """
+    if config.dry_run:
+        return dry_run(config)
     with distributed(config.device, collective_timeout(config.train)) as world:
         job = Job(config, world, run_folder(config, world))
         stop = StopRequest()

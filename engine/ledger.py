@@ -25,9 +25,7 @@ _CHUNK = 4_194_304  # rows that all ranks send at once: 128 MiB with their ids
 
 
 @torch.no_grad()
-def merge_rows(
-    table: Tensor, sample_ids: Tensor, group: dist.ProcessGroup | None = None
-) -> None:
+def merge_rows(table: Tensor, sample_ids: Tensor, group: dist.ProcessGroup | None = None) -> None:
     """Makes the rows of samples the same in the tables of all ranks, in place.
 
     Args:

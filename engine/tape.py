@@ -39,7 +39,7 @@ class HostWaits(RuntimeError):
 
 
 class Tape(TorchDispatchMode):
-    """A `Recorder` of operators; see the module's text.
+    """A `step_engine.Recorder` of operators; see the module's text.
 
     Args:
         allow_waits: let through what would make a host wait.

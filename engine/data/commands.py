@@ -1,14 +1,19 @@
-"""What `mentorch index …`, `noise` and `shard` run: functions whose signatures are the options."""
+"""What `mentorch index …`, `noise` and `shard` run: functions whose signatures are the options.
+
+They import what they need themselves, so that their --help is there at once.
+"""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
-from mentorch.engine.data.folder import index_folder
-from mentorch.engine.data.imagenet import index_imagenet
-from mentorch.engine.data.index import Index
 from mentorch.engine.data.noise_kinds import NoiseKind, read_matrix
-from mentorch.engine.data.webvision import index_webvision
+
+if TYPE_CHECKING:
+    from mentorch.engine.data.index import Index
+else:
+    Index = object  # tyro evaluates the signatures; what is returned means nothing to it
 
 
 def webvision(
@@ -26,6 +31,8 @@ def webvision(
         workers: processes that verify; by default one a core, 0 is none besides this one.
         reverify: decode every image again, also those that an earlier index knows.
     """
+    from mentorch.engine.data.webvision import index_webvision
+
     return index_webvision(root, out=out, workers=workers, reverify=reverify)
 
 
@@ -48,6 +55,8 @@ def imagenet(
         val_list: the labels of a val/ without class folders, if they are not found by themselves.
         synsets: the class list, a line "wnid names…" a class, if it is not found by itself.
     """
+    from mentorch.engine.data.imagenet import index_imagenet
+
     return index_imagenet(
         root, out=out, workers=workers, reverify=reverify, val_list=val_list, synsets=synsets
     )
@@ -68,6 +77,8 @@ def folder(
         workers: processes that verify; by default one a core, 0 is none besides this one.
         reverify: decode every image again, also those that an earlier index knows.
     """
+    from mentorch.engine.data.folder import index_folder
+
     return index_folder(root, out=out, workers=workers, reverify=reverify)
 
 
@@ -98,7 +109,8 @@ def noise(
         max_label: noise only among the labels below this; 50 is the mini protocol.
         out: the Parquet file to write; by default beside INDEX, named by kind, rate and seed.
     """
-    from mentorch.engine.data.noise import Noise, add_noise  # imports torch
+    from mentorch.engine.data.index import Index
+    from mentorch.engine.data.noise import Noise, add_noise
 
     strength = matrix.stem if matrix is not None else "none" if rate is None else f"{rate:g}"
     out = out or index.with_name(f"{index.stem}.{kind}-{strength}-seed{seed}.parquet")
@@ -138,7 +150,8 @@ def shard(
         seed: of the distribution of samples over shards.
         read_threads: images read at the same time.
     """
-    from mentorch.engine.data.shards import index_name, write_shards  # imports torch
+    from mentorch.engine.data.index import Index
+    from mentorch.engine.data.shards import index_name, write_shards
 
     sharded = write_shards(
         Index.read(index), out, shard_mb=shard_mb, seed=seed, read_threads=read_threads

@@ -80,8 +80,7 @@ def open_index(path: Path, world: World) -> Index:
     sharded = _index_of_shards(path)
     if sharded is not None:
         return sharded
-    kind = kind_of_folder(path)
-    file = default_out(path, kind, None)
+    kind, file = index_of_folder(path)
     if world.is_main and not file.is_file():
         print(f"Indexing {path} (once; the result is {file})")
         _INDEXERS[kind](path)
@@ -94,6 +93,23 @@ def open_index(path: Path, world: World) -> Index:
         f"{file}, which the main rank wrote, is not on this host. Use storage all hosts share, or "
         f"run `mentorch index {kind} {path}` on each"
     )
+
+
+def index_of_folder(path: Path) -> tuple[str, Path]:
+    """Which kind of data set a folder of files is, and where its index is or would be."""
+    kind = kind_of_folder(path)
+    return kind, default_out(path, kind, None)
+
+
+def needs_indexing(path: Path) -> bool:
+    """Whether `open_index` would have to look at every image first.
+
+    Args:
+        path: a folder or an index.
+    """
+    if not path.is_dir() or _index_of_shards(path) is not None:
+        return False
+    return not index_of_folder(path)[1].is_file()
 
 
 def _index_of_shards(folder: Path) -> Index | None:

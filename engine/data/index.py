@@ -1,6 +1,6 @@
 """The index: one Parquet file that says which images there are, and what their labels are.
 
-A row is a sample and the row number is its `sample_id`. Everything that changes labels or drops
+A row is a sample and the row number is its ``sample_id``. Everything that changes labels or drops
 samples rewrites the index and never touches an image; everything measured per sample joins back to
 a path here. The images are files, or lie in tar shards (`shards`): then two more columns say where.
 """

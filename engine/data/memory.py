@@ -44,7 +44,8 @@ class MemoryLoader:
     """Batches of a set in memory for one rank, from any position of training.
 
     Args:
-        images: [N, H, W, C] uint8, the whole set; batches come on its device.
+        images: [N, H, W, C] uint8, or features [N, D] float32, the whole set; batches come on its
+            device.
         sample_ids: int64, the samples to use, rows of ``images``.
         batch_size: rows a rank a step.
         train: shuffled and augmented, the samples that do not fill a global batch left to another
@@ -77,7 +78,7 @@ class MemoryLoader:
         self.seed = seed
         self.augment = augment if train else Augment()
         self.world = world or World()
-        _check(images, self.sample_ids)
+        _check(images, self.sample_ids, self.augment)
         self.steps_per_epoch = len(self._epoch(0))
 
     def _epoch(self, epoch: int) -> Ids:
@@ -108,9 +109,13 @@ class MemoryLoader:
         """Nothing to stop."""
 
 
-def _check(images: Tensor, sample_ids: Ids) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"images are {images.dtype} {list(images.shape)}; give uint8 [N, H, W, C]")
+def _check(images: Tensor, sample_ids: Ids, augment: Augment) -> None:
+    kind = images.dtype, images.ndim
+    if kind != (torch.uint8, 4) and (kind != (torch.float32, 2) or augment != Augment()):
+        raise ValueError(
+            f"images are {images.dtype} {list(images.shape)}; give uint8 [N, H, W, C], or float32 "
+            "features [N, D] without augmentation"
+        )
     if len(sample_ids) and not 0 <= sample_ids.min() <= sample_ids.max() < len(images):
         raise ValueError(
             f"sample_ids are from {sample_ids.min()} to {sample_ids.max()}; the rows of the images "

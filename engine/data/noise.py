@@ -53,8 +53,8 @@ class Noise:
         rate: probability p that a label is replaced, in [0, 1]; for "asymmetric" that of the
             classes that the mapping names; None for "matrix", which says it itself.
         seed: of the counter-based generator.
-        mapping: for "asymmetric": a name in `MAPPINGS`, text such as "3:5,5:3", or clean class →
-            the class it is taken for.
+        mapping: for "asymmetric": a name in `noise_kinds.MAPPINGS`, text such as "3:5,5:3", or
+            clean class → the class it is taken for.
         matrix: for "matrix": T [C, C], T[i, j] = P(given j | clean i); `read_matrix` reads a file.
     """
 
@@ -179,7 +179,7 @@ def add_noise(
     max_label: int | None = None,
     images: Callable[[Labels], Images] | None = None,
 ) -> Index:
-    """An index whose labels carry noise; the labels from before are its `clean_label`.
+    """An index whose labels carry noise; the labels from before are its ``clean_label``.
 
     Args:
         index: an index without injected noise.

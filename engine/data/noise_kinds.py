@@ -132,7 +132,7 @@ def measured_matrix(
         num_classes: C.
 
     Returns:
-        float64 [C, C]: of the samples of class i the share that is labelled j; NaN in the rows of
+        float64 [C, C], of the samples of class i the share that is labelled j; NaN in the rows of
         classes without samples.
     """
     known = clean >= 0

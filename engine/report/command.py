@@ -1,14 +1,12 @@
 """`mentorch report`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pyarrow as pa
 from tyro.conf import Positional
 
-from mentorch.engine.data.index import replacing
-from mentorch.engine.data.readers import open_reader
-from mentorch.engine.report.run_folder import read_run
-from mentorch.engine.report.scores import score_samples, write_scores
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _SHOWN = 10
 
@@ -30,7 +28,12 @@ def report(
         samples: how many of the most suspicious samples the page shows.
         index: the training index, if it or its images are elsewhere now.
     """
-    from mentorch.engine.report.page import render_page  # matplotlib and scikit-learn take seconds
+    # Here, so that --help is there at once: torch, matplotlib and scikit-learn take seconds.
+    from mentorch.engine.data.index import replacing
+    from mentorch.engine.data.readers import open_reader
+    from mentorch.engine.report.page import render_page
+    from mentorch.engine.report.run_folder import read_run
+    from mentorch.engine.report.scores import score_samples, write_scores
 
     if samples < 0:
         raise ValueError(f"samples must be at least 0, got {samples}")
@@ -45,7 +48,7 @@ def report(
     _print(scores, folder)
 
 
-def _print(scores: pa.Table, folder: Path) -> None:
+def _print(scores: "pa.Table", folder: Path) -> None:
     suspects = int(scores["suspect"].to_numpy().sum())
     print(f"{folder / 'sample_scores.parquet'}: {len(scores):,} samples, {suspects:,} suspects")
     print(f"{folder / 'report.html'}")

@@ -10,8 +10,10 @@ import matplotlib as mpl
 from cycler import cycler
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, RED, GREY = "#3b82c4", "#d9772b", "#3f9c5a", "#d1495b", "#8a8f98"
-CYCLE = (BLUE, ORANGE, GREEN, RED, "#8e6bbf", "#1f9e9e", "#b58900", GREY)
+# Told apart without seeing red or green, and seen on light and dark cards (tests/…/test_colors.py).
+BLUE, ORANGE, PURPLE, BROWN, GREY = "#1f78c1", "#d55e00", "#7c40ff", "#9d7551", "#7d838c"
+CYCLE = (BLUE, ORANGE, PURPLE, BROWN, GREY)
+DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))  # and in black and white
 
 _INK, _INK_IN_THE_DARK = "#24292f", "#d5dae1"
 _GRID, _GRID_IN_THE_DARK = "#d8dee4", "#3a414a"
@@ -27,7 +29,7 @@ _LOOKS: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.prop_cycle": cycler(color=CYCLE),
+    "axes.prop_cycle": cycler(color=CYCLE) + cycler(linestyle=DASHES),
     "grid.color": _GRID,
     "grid.linewidth": 0.6,
     "xtick.color": _GRID,

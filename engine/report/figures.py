@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mentorch.engine.report.detection import Detection
-from mentorch.engine.report.drawing import GREEN, GREY, ORANGE, RED, Picture, draw
+from mentorch.engine.report.drawing import BLUE, GREY, ORANGE, Picture, draw
 from mentorch.engine.report.scores import known_wrong
 
 Metrics = list[dict[str, Any]]
@@ -84,7 +84,7 @@ def histograms(scores: pa.Table) -> list[Picture]:
     suspect = scores["suspect"].to_numpy()
     groups = {"suspects": (suspect, ORANGE), "the rest": (~suspect, GREY)}
     known, wrong = known_wrong(scores)
-    truth = {"wrong labels": (wrong, RED), "right labels": (known & ~wrong, GREEN)}
+    truth = {"wrong labels": (wrong, ORANGE), "right labels": (known & ~wrong, BLUE)}
     columns = {"suspicion": "suspicion", "weight_mean": "mean weight over all visits"}
     pictures = [_histogram(scores[c].to_numpy(), name, groups) for c, name in columns.items()]
     if wrong.any():
@@ -126,19 +126,52 @@ def heat_map(pairs: Pairs, names: Sequence[str]) -> Picture | None:
     for given, predicted, count in pairs:
         counts[given, predicted] = count
 
+    alt = f"Heat map of {np.nansum(counts):,.0f} suspects by given and predicted class."
+    title = "Suspects by given and predicted class"
+    return _matrix(title, alt, counts, names, bar="suspects", x="predicted", y="given")
+
+
+def transition(shares: NDArray[np.float64], names: Sequence[str]) -> Picture | None:
+    """Which classes wrong labels come from and go to; None with too many classes to see.
+
+    Args:
+        shares: [C, C], P(given label | right class).
+        names: of the classes, by label.
+    """
+    if len(names) > HEAT_MAP_CLASSES:
+        return None
+    wrong = np.where(np.eye(len(names), dtype=bool) | (shares == 0), np.nan, shares)
+    largest = np.nan_to_num(wrong).max(initial=0)
+    alt = f"Heat map of wrong labels by right class and given label; at most {largest:.0%}."
+    bar = "share of the class"
+    return _matrix("Wrong labels", alt, wrong, names, bar=bar, x="given label", y="right class")
+
+
+def _matrix(
+    title: str,
+    alt: str,
+    values: NDArray[np.float64],
+    names: Sequence[str],
+    *,
+    bar: str,
+    x: str,
+    y: str,
+) -> Picture:
+    """Values by class and class; NaN is left blank."""
+    classes = len(names)
+
     def paint(axes: Any) -> None:
         axes.grid(False)
-        image = axes.imshow(counts, cmap="YlOrRd", vmin=0, interpolation="nearest")
-        axes.figure.colorbar(image, ax=axes, shrink=0.8, label="suspects")
+        image = axes.imshow(values, cmap="YlOrRd", vmin=0, interpolation="nearest")
+        axes.figure.colorbar(image, ax=axes, shrink=0.8, label=bar)
         short = [_plain(name if len(name) <= 18 else name[:17] + "…") for name in names]
         axes.set_xticks(range(classes), short, rotation=90)
         axes.set_yticks(range(classes), short)
         axes.tick_params(labelsize=8 if classes <= 20 else 5, length=0)
-        axes.set(xlabel="predicted", ylabel="given")
+        axes.set(xlabel=x, ylabel=y)
 
     side = 4.6 if classes <= 20 else 7.5
-    alt = f"Heat map of {np.nansum(counts):,.0f} suspects by given and predicted class."
-    return draw("Suspects by given and predicted class", alt, paint, (side * 1.1, side))
+    return draw(title, alt, paint, (side * 1.1, side))
 
 
 def roc(found: list[Detection]) -> Picture:

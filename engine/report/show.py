@@ -4,9 +4,6 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from mentorch.engine.curricula import resolve_curriculum
-from mentorch.engine.data.index import replacing
-
 
 def curriculum(
     name: Positional[str],
@@ -38,7 +35,10 @@ def curriculum(
             default 1, or what one without an LSTM was made for.
         given_label: label of the samples, for a MentorNet that reads it.
     """
-    from mentorch.engine.report import curriculum_picture as pictures  # matplotlib takes seconds
+    # Here, so that --help is there at once: torch and matplotlib take seconds.
+    from mentorch.engine.curricula import resolve_curriculum
+    from mentorch.engine.data.index import replacing
+    from mentorch.engine.report import curriculum_picture as pictures
 
     out = Path(f"curriculum-{Path(name).stem}.png") if out is None else out
     if out.suffix not in (".png", ".html"):

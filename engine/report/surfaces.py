@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
+from matplotlib.patheffects import withStroke
 from safetensors import safe_open
 from torch import Tensor
 
 from mentorch.engine.criteria import BASELINES, create_criterion
 from mentorch.engine.data_driven import new_mentor
-from mentorch.engine.report.drawing import RED, Picture, draw
+from mentorch.engine.report.drawing import ORANGE, Picture, draw
 from mentorch.engine.report.run_folder import Run
 from mentorch.engine.report.weight_map import LOSS, paint_weights, weight_surface
 from mentorch.engine.reweight import Reweight
@@ -76,7 +77,8 @@ def _surface(when: str, weight: Tensor, average: float | None) -> Picture:
     def paint(axes: Any) -> None:
         paint_weights(axes, weight)
         if average is not None:
-            line = {"color": RED, "linestyle": "--", "linewidth": 1.6}
+            halo = [withStroke(linewidth=3.2, foreground="white")]  # seen on any weight
+            line = {"color": ORANGE, "linestyle": "--", "linewidth": 1.6, "path_effects": halo}
             axes.plot(LOSS, LOSS - average, **line)
 
     where = (

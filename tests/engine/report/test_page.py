@@ -75,7 +75,11 @@ def test_a_whole_page(make_run, capsys):
     for tag, attributes in page.tags:
         assert tag not in {"script", "link", "iframe", "object"}
         for name in {"src", "href"} & set(attributes):
-            assert attributes[name].startswith("data:image/")
+            assert attributes[name].startswith(("data:image/", "#"))
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert len(links) == 7
+    assert {link.removeprefix("#") for link in links} <= ids
     assert not re.search(r"url\(|@import", page.text)
     assert all(image["alt"] for image in page.images)
     for svg in page.drawings():

@@ -1,0 +1,1 @@
+"""Finding the wrong labels of a data set in one call."""

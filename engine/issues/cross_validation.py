@@ -1,0 +1,370 @@
+"""Every sample is judged by a student that was not trained on it, but on the other folds.
+
+All students are trained by SPADE under one curriculum. After every epoch each judges its fold, and
+a sample's probabilities are the mean over the epochs: the early ones do not know wrong labels yet,
+the late ones know the right ones better, and the mean of both finds wrong labels better than the
+last alone (docs/finding_issues.md). When the burn-in ends, a student's own fold says how many
+labels are wrong (`estimate_noise`), and the percentile of its curriculum is set to the rest.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.model_selection import StratifiedKFold
+from torch import Tensor, nn
+
+from mentorch.engine.config import (
+    CurriculumConfig,
+    OptimConfig,
+    Precision,
+    RunConfig,
+    StudentConfig,
+    TrainConfig,
+)
+from mentorch.engine.criteria import create_criterion
+from mentorch.engine.data.memory import Augment, MemoryLoader, channel_statistics
+from mentorch.engine.data.pipelines import Normalise
+from mentorch.engine.distributed import World
+from mentorch.engine.issues.noise_rate import estimate_noise
+from mentorch.engine.ledger import Columns, Ledger
+from mentorch.engine.reweight import Reweight
+from mentorch.engine.spade import Spade
+from mentorch.engine.student import create_student, forward
+
+_JUDGED_AT_ONCE = 512  # samples
+_PERCENTILES = 0.05, 0.98  # what an estimate may set: a curriculum of nothing learns nothing
+_UNITS = 256  # of the hidden layer over features
+_EPOCHS, _STEPS = 16, 500  # at least, where the caller does not say
+
+MakeStudent = Callable[[int], nn.Module]
+"""From the number of classes to a student with fresh weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How the students that judge labels are trained."""
+
+    student: str = "auto"
+    """A model of timm's or ours; "auto": a small convolutional network for images, one hidden layer
+    for features."""
+    weights: Path | None = None
+    """File of weights that the student starts from (safetensors, or a state dict)."""
+    folds: int = 5
+    """Parts of the data; a student is trained for each, on all others."""
+    epochs: int = 0
+    """Passes of each student over its samples; 0: 16, or more where those would be fewer than 500
+    steps."""
+    batch_size: int = 128
+    """Samples a step; fewer where a student has fewer."""
+    lr: float = 0.05
+    """First learning rate; it falls to 0 along a cosine."""
+    weight_decay: float = 1e-4
+    """Of the students' weights."""
+    pad: int = 0
+    """Training images are shifted at random by up to so many pixels."""
+    mirror: bool = False
+    """Training images are mirrored at random."""
+    curriculum: str = "self_paced"
+    """Curriculum that the students are trained under; "uniform": none."""
+    noise_rate: float | None = None
+    """Share of labels that is wrong; None: estimated when the burn-in ends."""
+    percentile_of: Literal["batch", "class"] = "class"
+    """The curriculum compares a loss with those of its class, or of its batch. By batch a class that
+    is behind for a while may be dropped as a whole, and is then never learnt."""
+    burn_in: float = 0.2
+    """Share of training before the curriculum sets in."""
+    precision: Precision = "auto"
+    """Of the students."""
+    seed: int = 0
+    """Of folds, students and order."""
+
+    def __post_init__(self) -> None:
+        if self.folds < 2:
+            raise ValueError(
+                f"folds is {self.folds}; two or more are needed to judge out of sample"
+            )
+        if self.epochs < 0 or self.batch_size < 1:
+            raise ValueError(
+                f"epochs and batch_size must be positive, got {self.epochs} and {self.batch_size}"
+            )
+        if self.noise_rate is not None and not 0.0 <= self.noise_rate < 1.0:
+            raise ValueError(f"noise_rate is a share in [0, 1), got {self.noise_rate}")
+
+
+@dataclass(eq=False)
+class Judgement:
+    """What students say of samples that they were not trained on.
+
+    Attributes:
+        probabilities: [N, C] float32, mean over the epochs.
+        last: [N, C] float32, of the last epoch alone.
+        forgetting: [N] how often the label was predicted after an epoch and not after the next.
+        loss_var: [N] float32, variance of the loss over the epochs, nats².
+        weight: [N] float32, last weight in training, mean over the other folds' students.
+        weight_mean: [N] float32, the mean weight of all visits, likewise.
+        weight_var: [N] float32, its variance, likewise.
+        epochs: that were judged.
+        percentiles: p of each student's curriculum after the burn-in.
+        agreement: share of samples whose given label is the prediction, by epoch, fold after fold.
+    """
+
+    probabilities: NDArray[np.float32]
+    last: NDArray[np.float32]
+    forgetting: NDArray[np.int64]
+    loss_var: NDArray[np.float32]
+    weight: NDArray[np.float32]
+    weight_mean: NDArray[np.float32]
+    weight_var: NDArray[np.float32]
+    epochs: int
+    percentiles: list[float] = field(default_factory=list)
+    agreement: list[list[float]] = field(default_factory=list)
+
+
+def with_epochs(recipe: Recipe, samples: int) -> Recipe:
+    """The recipe with a number of epochs.
+
+    Args:
+        recipe: perhaps without.
+        samples: of all folds together.
+    """
+    if recipe.epochs:
+        return recipe
+    trained = samples * (recipe.folds - 1) // recipe.folds
+    steps_per_epoch = max(1, trained // recipe.batch_size)
+    return replace(recipe, epochs=max(_EPOCHS, -(-_STEPS // steps_per_epoch)))
+
+
+def fold_ids(labels: NDArray[np.int64], folds: int, seed: int) -> Iterator[tuple[Any, Any]]:
+    """Rows to train on and rows to judge, fold by fold; classes in equal shares.
+
+    Raises:
+        ValueError: fewer samples of a class than two, or fewer samples than folds.
+    """
+    counts = np.bincount(labels)
+    if len(labels) < folds or counts.max() < folds:
+        raise ValueError(
+            f"{len(labels):,} samples, at most {counts.max()} of a class, are too few for {folds} "
+            "folds: give fewer folds or more samples"
+        )
+    rare = np.flatnonzero((counts > 0) & (counts < 2))
+    if len(rare):
+        raise ValueError(
+            f"class {rare[0]} has a single sample: no student could know the class when it judges "
+            "that sample. Leave the class out, or give more of it"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a class with fewer samples than folds
+        splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
+        yield from splits.split(np.zeros(len(labels)), labels)
+
+
+def judge(
+    samples: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    recipe: Recipe,
+    device: torch.device,
+    on_step: Callable[[str], None] = lambda what: None,
+    make_student: MakeStudent | None = None,
+) -> Judgement:
+    """Trains a student a fold and has it judge that fold.
+
+    Args:
+        samples: [N, H, W, channels] uint8 images, or [N, D] float32 features; on ``device`` if it
+            is to be fast.
+        labels: [N] int64 in [0, C), the given ones.
+        num_classes: C.
+        recipe: how.
+        device: where students are trained.
+        on_step: called after every training step, with what is being done.
+        make_student: makes them, in place of ``recipe.student``.
+
+    Raises:
+        ValueError: too few samples, or a recipe that cannot be followed.
+    """
+    recipe = with_epochs(recipe, len(labels))
+    given = labels.cpu().numpy()
+    found = _nothing(len(labels), num_classes, recipe.epochs)
+    trained = np.zeros(len(labels), np.float32)
+    for number, (train, held_out) in enumerate(fold_ids(given, recipe.folds, recipe.seed), 1):
+        name = f"fold {number} of {recipe.folds}"
+        fold = _Fold(samples, labels, num_classes, recipe, device, train, held_out, make_student)
+        fold.train(found, lambda name=name: on_step(name))  # type: ignore[misc]
+        known = fold.ledger.columns()
+        for column in ("weight", "weight_mean", "weight_var"):
+            getattr(found, column)[train] += _finite(known, column)[train]
+        trained[train] += 1
+    for column in (found.weight, found.weight_mean, found.weight_var):
+        column /= trained
+    return found
+
+
+def _finite(columns: Columns, name: str) -> NDArray[np.float32]:
+    return np.nan_to_num(columns[name].astype(np.float32))
+
+
+def _nothing(n: int, classes: int, epochs: int) -> Judgement:
+    rows = [np.zeros(n, np.float32) for _ in range(4)]
+    return Judgement(
+        np.zeros((n, classes), np.float32), np.zeros((n, classes), np.float32),
+        np.zeros(n, np.int64), *rows, epochs,
+    )  # fmt: skip
+
+
+class _Fold:
+    """A student in training on all folds but one."""
+
+    def __init__(
+        self,
+        samples: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        recipe: Recipe,
+        device: torch.device,
+        train: NDArray[np.int64],
+        held_out: NDArray[np.int64],
+        make_student: MakeStudent | None,
+    ) -> None:
+        self.samples, self.labels, self.recipe, self.held_out = samples, labels, recipe, held_out
+        world = World(device=device)
+        config = _config(recipe, len(train))
+        self.loader = MemoryLoader(
+            samples, train, batch_size=config.train.batch_size, train=True, seed=recipe.seed,
+            augment=Augment(recipe.pad, recipe.mirror), world=world,
+        )  # fmt: skip
+        torch.manual_seed(recipe.seed)
+        student = (
+            make_student(num_classes).to(device)
+            if make_student
+            else _student(recipe, config.student, num_classes, samples, device)
+        )
+        criterion = create_criterion(
+            config.curriculum,
+            labels_N=labels,
+            clean_labels_N=torch.full_like(labels, -1),
+            sample_ids=torch.from_numpy(train).to(device),
+            num_classes=num_classes,
+            total_steps=self.loader.steps_per_epoch * recipe.epochs,
+            seed=recipe.seed,
+        )
+        self.ledger = Ledger(len(labels), world)
+        self.spade = Spade(
+            config, student, criterion, _normalise(samples).to(device), labels,
+            torch.full_like(labels, -1), self.loader.steps_per_epoch, world,
+            observers=[self.ledger],
+        )  # fmt: skip
+
+    def train(self, found: Judgement, on_step: Callable[[], None]) -> None:
+        """Trains, and writes what the student says of its fold into ``found``."""
+        recipe, rows = self.recipe, self.held_out
+        given = self.labels[torch.from_numpy(rows)].cpu().numpy()
+        losses = np.zeros((2, len(rows)))  # sum and sum of squares
+        was_right = np.zeros(len(rows), bool)
+        agreement = []
+        for step in self.spade.train(self.loader.batches(0, recipe.epochs)):
+            on_step()
+            epoch, rest = divmod(step, self.loader.steps_per_epoch)
+            if rest:
+                continue
+            now = self.predict()
+            found.probabilities[rows] += now
+            loss = -np.log(np.maximum(now[np.arange(len(rows)), given], 1e-30))
+            losses += np.stack([loss, loss**2])
+            right = now.argmax(1) == given
+            found.forgetting[rows] += was_right & ~right
+            was_right = right
+            agreement.append(float(right.mean()))
+            if epoch == max(1, round(recipe.burn_in * recipe.epochs)):
+                self._set_percentile(found, found.probabilities[rows] / epoch, given)
+        found.last[rows] = now
+        found.probabilities[rows] /= recipe.epochs
+        mean, square = losses / recipe.epochs
+        found.loss_var[rows] = np.maximum(square - mean**2, 0)
+        found.agreement.append(agreement)
+
+    def _set_percentile(
+        self, found: Judgement, probabilities: NDArray[np.float32], given: NDArray[np.int64]
+    ) -> None:
+        """At the end of the burn-in: ℓ_pt keeps the share of labels that is right."""
+        criterion = self.spade.criterion
+        if not isinstance(criterion, Reweight):
+            return
+        if self.recipe.noise_rate is None:
+            right = 1 - estimate_noise(probabilities, given).rate
+            criterion.loss_percentile = float(np.clip(right, *_PERCENTILES))
+        found.percentiles.append(criterion.loss_percentile)
+
+    @torch.no_grad()
+    def predict(self) -> NDArray[np.float32]:
+        """The student's probabilities of its fold, [M, C]."""
+        spade = self.spade
+        student = spade.trained
+        was_training = student.training
+        student.eval()
+        out = []
+        for rows in torch.from_numpy(self.held_out).split(_JUDGED_AT_ONCE):
+            inputs = self.samples[rows.to(self.samples.device)].to(spade.world.device)
+            logits = forward(student, spade.normalise(inputs), spade.dtype)
+            out.append(logits.float().softmax(1).cpu())
+        student.train(was_training)
+        return torch.cat(out).numpy()
+
+
+def _config(recipe: Recipe, samples: int) -> RunConfig:
+    known = recipe.noise_rate if recipe.noise_rate is not None else 0.25
+    curriculum = CurriculumConfig(
+        name=recipe.curriculum,
+        loss_percentile=float(np.clip(1 - known, *_PERCENTILES)),
+        percentile_of=recipe.percentile_of,
+        burn_in=0.0 if recipe.curriculum == "uniform" else recipe.burn_in,
+    )
+    name = "small_cnn" if recipe.student == "auto" else recipe.student
+    return RunConfig(
+        seed=recipe.seed,
+        student=StudentConfig(name=name, drop_rate=0.0, weights=recipe.weights),
+        curriculum=curriculum,
+        optim=OptimConfig(
+            lr=recipe.lr, weight_decay=recipe.weight_decay, warmup_epochs=0, schedule="cosine"
+        ),
+        train=TrainConfig(
+            epochs=recipe.epochs,
+            batch_size=min(recipe.batch_size, samples),
+            precision=recipe.precision,
+        ),
+    )
+
+
+def _student(
+    recipe: Recipe, config: StudentConfig, num_classes: int, samples: Tensor, device: torch.device
+) -> nn.Module:
+    if samples.ndim == 2:
+        if recipe.student != "auto":
+            raise ValueError(
+                f"{recipe.student} takes images, and these are features of {samples.shape[1]} "
+                'numbers: take "auto", or from Python a function that makes a module for them'
+            )
+        width = samples.shape[1]
+        layers = (
+            nn.BatchNorm1d(width, affine=False),
+            nn.Linear(width, _UNITS),
+            nn.ReLU(),
+            nn.Linear(_UNITS, num_classes),
+        )
+        return nn.Sequential(*layers).to(device)
+    height, width, channels = samples.shape[1:]
+    if height != width:
+        config = replace(config, name="cifar_resnet20") if recipe.student == "auto" else config
+    return create_student(config, num_classes, device, in_chans=channels, img_size=height)
+
+
+def _normalise(samples: Tensor) -> nn.Module:
+    if samples.ndim == 2:
+        return nn.Identity()
+    means, stds = channel_statistics(samples)
+    return Normalise(means, tuple(max(s, 1e-3) for s in stds))  # a channel may be constant
