@@ -101,8 +101,8 @@ def create_criterion(
         )
     if config.percentile_of == "class" and (config.trusted or config.weight_lr):
         raise ValueError(
-            "percentile_of='class' does not go with trusted or weight_lr, which compare losses with "
-            "the percentile of the batch; take 'batch'"
+            "percentile_of='class' does not go with trusted or weight_lr, which compare losses "
+            "with the percentile of the batch; take 'batch'"
         )
     device = labels_N.device
     if config.name in BASELINES:

@@ -211,9 +211,7 @@ def reweight_ref(
             weight = weight.masked_fill(sample_ids >= history.shape[0] - 1, torch.nan)
         weight = weight.masked_fill(~valid, 0.0)
         if history is not None:
-            update_history_ref(
-                history, _gather(sample_ids, group), everyone, everyone - everyones
-            )
+            update_history_ref(history, _gather(sample_ids, group), everyone, everyone - everyones)
         if advance:
             loss_moving_avg.copy_(new_avg)
             assert isinstance(step, Tensor)

@@ -10,6 +10,7 @@ labels are wrong (`estimate_noise`), and the percentile of its curriculum is set
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,8 +76,8 @@ class Recipe:
     noise_rate: float | None = None
     """Share of labels that is wrong; None: estimated when the burn-in ends."""
     percentile_of: Literal["batch", "class"] = "class"
-    """The curriculum compares a loss with those of its class, or of its batch. By batch a class that
-    is behind for a while may be dropped as a whole, and is then never learnt."""
+    """The curriculum compares a loss with those of its class, or of its batch. By batch a class
+    that is behind for a while may be dropped as a whole, and is then never learnt."""
     burn_in: float = 0.2
     """Share of training before the curriculum sets in."""
     precision: Precision = "auto"
@@ -193,12 +194,12 @@ def judge(
     found = _nothing(len(labels), num_classes, recipe.epochs)
     trained = np.zeros(len(labels), np.float32)
     for number, (train, held_out) in enumerate(fold_ids(given, recipe.folds, recipe.seed), 1):
-        name = f"fold {number} of {recipe.folds}"
+        about = f"fold {number} of {recipe.folds}"
         fold = _Fold(samples, labels, num_classes, recipe, device, train, held_out, make_student)
-        fold.train(found, lambda name=name: on_step(name))  # type: ignore[misc]
+        fold.train(found, partial(on_step, about))
         known = fold.ledger.columns()
-        for column in ("weight", "weight_mean", "weight_var"):
-            getattr(found, column)[train] += _finite(known, column)[train]
+        for name in ("weight", "weight_mean", "weight_var"):
+            getattr(found, name)[train] += _finite(known, name)[train]
         trained[train] += 1
     for column in (found.weight, found.weight_mean, found.weight_var):
         column /= trained
@@ -210,11 +211,16 @@ def _finite(columns: Columns, name: str) -> NDArray[np.float32]:
 
 
 def _nothing(n: int, classes: int, epochs: int) -> Judgement:
-    rows = [np.zeros(n, np.float32) for _ in range(4)]
     return Judgement(
-        np.zeros((n, classes), np.float32), np.zeros((n, classes), np.float32),
-        np.zeros(n, np.int64), *rows, epochs,
-    )  # fmt: skip
+        probabilities=np.zeros((n, classes), np.float32),
+        last=np.zeros((n, classes), np.float32),
+        forgetting=np.zeros(n, np.int64),
+        loss_var=np.zeros(n, np.float32),
+        weight=np.zeros(n, np.float32),
+        weight_mean=np.zeros(n, np.float32),
+        weight_var=np.zeros(n, np.float32),
+        epochs=epochs,
+    )
 
 
 class _Fold:
@@ -289,7 +295,7 @@ class _Fold:
         found.agreement.append(agreement)
 
     def _set_percentile(
-        self, found: Judgement, probabilities: NDArray[np.float32], given: NDArray[np.int64]
+        self, found: Judgement, probabilities: NDArray[np.floating], given: NDArray[np.int64]
     ) -> None:
         """At the end of the burn-in: ℓ_pt keeps the share of labels that is right."""
         criterion = self.spade.criterion

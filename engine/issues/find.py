@@ -153,13 +153,13 @@ def find_label_issues(
     if student and isinstance(student, str):
         options["student"] = student
     recipe = replace(recipe or Recipe(), **_known(options))
-    if out is not None:  # now, not after hours of training
-        Path(out).mkdir(parents=True, exist_ok=True)
     bar = _Bar(progress)
     opened = _open(
         samples, labels, class_names, clean_labels, paths, image_size, max_label, bar.say
     )
     recipe = with_epochs(recipe, len(opened.values))
+    if out is not None:  # now, not after hours of training
+        Path(out).mkdir(parents=True, exist_ok=True)
     make_student = None if isinstance(student, str) else student
     judgement = _judge(opened, recipe, _device(device), bar, make_student)
     noise = estimate_noise(judgement.probabilities, opened.named.given)

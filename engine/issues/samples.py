@@ -69,6 +69,11 @@ def from_arrays(
         ValueError: arrays of another shape or type.
     """
     tensor = torch.as_tensor(np.asarray(values) if not isinstance(values, Tensor) else values)
+    if tensor.dtype == torch.uint8 and tensor.ndim == 4 and tensor.shape[3] > 4 > tensor.shape[1]:
+        raise ValueError(
+            f"images are {list(tensor.shape)}, and channels come last: give [N, H, W, channels], "
+            "images.permute(0, 2, 3, 1)"
+        )
     if tensor.dtype == torch.uint8 and tensor.ndim in (3, 4):
         tensor = tensor if tensor.ndim == 4 else tensor.unsqueeze(3)
     elif tensor.is_floating_point() and tensor.ndim == 2:
@@ -116,8 +121,9 @@ def from_dataset(dataset: Any, image_size: int, class_names: Sequence[str] | Non
     """From a data set of PyTorch's kind: ``len(dataset)``, and ``dataset[i]`` is (sample, label).
 
     Args:
-        dataset: its samples are PIL images, uint8 arrays [H, W(, channels)], float arrays
-            [channels, H, W] in [0, 1] (torchvision's ``ToTensor``), or features [D].
+        dataset: its samples are PIL images, uint8 [H, W], uint8 arrays [H, W, channels], uint8
+            tensors [channels, H, W], the same in floats in [0, 1] (torchvision's ``ToTensor``), or
+            features [D].
         image_size: PIL images become squares of so many pixels a side.
         class_names: [C] by label; by default ``dataset.classes``.
 
@@ -138,12 +144,17 @@ def from_dataset(dataset: Any, image_size: int, class_names: Sequence[str] | Non
     return from_arrays(np.stack(values), np.array(labels, np.int64), names)
 
 
-def _as_array(sample: Any, image_size: int, row: int) -> NDArray[Any]:
+def _as_array(sample: Any, image_size: int, row: int) -> Any:
     if isinstance(sample, Image.Image):
         return _square(sample, image_size)
-    value = sample.cpu().numpy() if isinstance(sample, Tensor) else np.asarray(sample)
+    value = np.asarray(sample.cpu() if isinstance(sample, Tensor) else sample)
+    return _as_pixels(value, isinstance(sample, Tensor), row)
+
+
+def _as_pixels(value: Any, is_tensor: bool, row: int) -> Any:
     if value.dtype == np.uint8 and value.ndim in (2, 3):
-        return value
+        first = is_tensor and value.ndim == 3  # as PyTorch has its channels
+        return value.transpose(1, 2, 0) if first else value
     if np.issubdtype(value.dtype, np.floating) and value.ndim == 1:
         return value.astype(np.float32)
     if np.issubdtype(value.dtype, np.floating) and value.ndim == 3:
@@ -154,8 +165,9 @@ def _as_array(sample: Any, image_size: int, row: int) -> NDArray[Any]:
             )
         return np.round(255 * value.transpose(1, 2, 0)).astype(np.uint8)
     raise ValueError(
-        f"dataset[{row}] is {value.dtype} {list(value.shape)}; give a PIL image, uint8 [H, W(, "
-        "channels)], float [channels, H, W] in [0, 1], or float features [D]"
+        f"dataset[{row}] is {value.dtype} {list(value.shape)}; give a PIL image, uint8 [H, W], an "
+        "array [H, W, channels], a tensor [channels, H, W] (uint8, or floats in [0, 1]), or float "
+        "features [D]"
     )
 
 

@@ -64,9 +64,7 @@ KINDS = {
     },
     "latent weights": {"curriculum": CurriculumConfig(name="linear", weight_lr=0.3, burn_in=0.1)},
     "history": {"curriculum": CurriculumConfig(name="pd", history_steps=3)},
-    "by class": {
-        "curriculum": CurriculumConfig(name="pd", percentile_of="class", history_steps=3)
-    },
+    "by class": {"curriculum": CurriculumConfig(name="pd", percentile_of="class", history_steps=3)},
     **{name: {"curriculum": CurriculumConfig(name=name)} for name in ("reed_hard", "gce")},
     "noise layer": {"curriculum": CurriculumConfig(name="noise_layer")},
 }
