@@ -37,7 +37,7 @@ def merge_rows(table: Tensor, sample_ids: Tensor, group: dist.ProcessGroup | Non
     ranks = dist.get_world_size(group)
     for chunk in sample_ids.split(max(1, _CHUNK // ranks)):
         rows = table[table_rows(table, chunk)]
-        packed = torch.cat([rows, chunk.contiguous().view(torch.uint8).view(-1, 8)], dim=1)
+        packed = torch.cat([rows, chunk.long().contiguous().view(torch.uint8).view(-1, 8)], dim=1)
         everyones = packed.new_empty(ranks * len(chunk), packed.shape[1])
         dist.all_gather_into_tensor(everyones, packed, group=group)
         rows, of_ids = everyones.split([ROW_BYTES, 8], dim=1)

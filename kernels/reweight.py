@@ -343,7 +343,8 @@ def reweight(
             an upstream gradient of 1. Not the default: where it wins has not been measured yet.
         class_losses: from `new_class_losses`: differences are then taken from the percentile of the
             row's class (`class_percentile`) and the batch's losses are put in. Not fused: plain
-            PyTorch, without a host sync. ``loss_moving_avg`` goes on, and decides nothing.
+            PyTorch, without a host sync; a label out of range is then PyTorch's error.
+            ``loss_moving_avg`` goes on, and decides nothing.
 
     Returns:
         `Reweighted`. A batch with no valid row has loss 0 and leaves ℓ_pt as it was.

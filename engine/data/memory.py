@@ -20,7 +20,7 @@ from mentorch.engine.data.pipelines import Batch
 from mentorch.engine.distributed import World
 from mentorch.kernels.philox import Stream, philox
 
-_CHUNK = 1024  # images
+_CHUNK = 1 << 24  # values of images that are summed at once
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
         The means and the standard deviations over the set, for pixels in [0, 1].
     """
     total = torch.zeros(2, images.shape[-1], dtype=torch.int64, device=images.device)
-    for chunk in images.split(_CHUNK):
+    for chunk in images.split(max(1, _CHUNK // max(1, images[0].numel()))):
         x = chunk.long()
         total += torch.stack([x.sum((0, 1, 2)), x.square().sum((0, 1, 2))])
     n = images.shape[:-1].numel()

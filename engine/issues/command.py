@@ -42,7 +42,8 @@ def find_issues(
         raise ValueError(f"samples must be at least 0, got {samples}")
     if image_size < 8:
         raise ValueError(f"image_size is {image_size} pixels; give at least 8")
-    out = out if out is not None else Path(f"issues-{folder.resolve().stem}")
+    name = folder.resolve().name
+    out = out or Path(f"issues-{name.split('.')[0] if folder.is_file() else name}")
     found = find_label_issues(
         folder,
         image_size=image_size,
@@ -57,9 +58,10 @@ def find_issues(
 
 def _print(found: LabelIssues, out: Path) -> None:
     noise, suspects = found.noise, found.suspects
+    about = "at most" if noise.is_upper_bound else "about"
     print(
-        f"about {noise.rate:.1%} ± {noise.standard_error:.1%} of {len(found.scores):,} labels are "
-        f"wrong; {len(suspects):,} suspects; {found.seconds:,.0f} s"
+        f"{about} {noise.rate:.1%} ± {noise.standard_error:.1%} of {len(found.scores):,} labels "
+        f"are wrong; {len(suspects):,} suspects; {found.seconds:,.0f} s"
     )
     if found.samples.unusable:
         print(f"{len(found.samples.unusable):,} files could not be used: {out / 'settings.json'}")

@@ -90,9 +90,10 @@ class Recipe:
             raise ValueError(
                 f"folds is {self.folds}; two or more are needed to judge out of sample"
             )
-        if self.epochs < 0 or self.batch_size < 1:
+        if self.epochs < 0 or self.batch_size < 2:  # a batch norm cannot do with one
             raise ValueError(
-                f"epochs and batch_size must be positive, got {self.epochs} and {self.batch_size}"
+                "epochs must be at least 0 and batch_size 2, got "
+                f"{self.epochs} and {self.batch_size}"
             )
         if self.noise_rate is not None and not 0.0 <= self.noise_rate < 1.0:
             raise ValueError(f"noise_rate is a share in [0, 1), got {self.noise_rate}")
@@ -104,6 +105,8 @@ class Judgement:
 
     Attributes:
         probabilities: [N, C] float32, mean over the epochs.
+        early: [N, C] float32, mean over the epochs of the burn-in: what students think before they
+            are sure of everything, by which `estimate_noise` finds clear samples.
         last: [N, C] float32, of the last epoch alone.
         forgetting: [N] how often the label was predicted after an epoch and not after the next.
         loss_var: [N] float32, variance of the loss over the epochs, nats².
@@ -116,6 +119,7 @@ class Judgement:
     """
 
     probabilities: NDArray[np.float32]
+    early: NDArray[np.float32]
     last: NDArray[np.float32]
     forgetting: NDArray[np.int64]
     loss_var: NDArray[np.float32]
@@ -139,6 +143,17 @@ def with_epochs(recipe: Recipe, samples: int) -> Recipe:
     trained = samples * (recipe.folds - 1) // recipe.folds
     steps_per_epoch = max(1, trained // recipe.batch_size)
     return replace(recipe, epochs=max(_EPOCHS, -(-_STEPS // steps_per_epoch)))
+
+
+def steps_of(recipe: Recipe, samples: int) -> int:
+    """About how many training steps all students take together.
+
+    Args:
+        recipe: with a number of epochs.
+        samples: of all folds together.
+    """
+    trained = samples - samples // recipe.folds
+    return recipe.folds * recipe.epochs * max(1, trained // recipe.batch_size)
 
 
 def fold_ids(labels: NDArray[np.int64], folds: int, seed: int) -> Iterator[tuple[Any, Any]]:
@@ -192,18 +207,63 @@ def judge(
     recipe = with_epochs(recipe, len(labels))
     given = labels.cpu().numpy()
     found = _nothing(len(labels), num_classes, recipe.epochs)
-    trained = np.zeros(len(labels), np.float32)
+    times = np.zeros(len(labels), np.float32)
+    normalise = _normalise(samples).to(device)
+    students: list[nn.Module] = []
     for number, (train, held_out) in enumerate(fold_ids(given, recipe.folds, recipe.seed), 1):
         about = f"fold {number} of {recipe.folds}"
-        fold = _Fold(samples, labels, num_classes, recipe, device, train, held_out, make_student)
+        config = _config(recipe, len(train))
+        torch.manual_seed(recipe.seed)
+        student = (
+            make_student(num_classes).to(device)
+            if make_student
+            else _student(recipe, config.student, num_classes, samples, device)
+        )
+        if any(student is other for other in students):
+            raise ValueError(
+                "student returned the same module twice; each fold needs a fresh one, that was not "
+                "trained on what it judges"
+            )
+        students.append(student)
+        _check_student(student, normalise, samples[:2].to(device), num_classes)
+        fold = _Fold(
+            samples, labels, config, recipe, num_classes, student, normalise, train, held_out
+        )
         fold.train(found, partial(on_step, about))
         known = fold.ledger.columns()
+        visited = np.flatnonzero(known["visits"])
         for name in ("weight", "weight_mean", "weight_var"):
-            getattr(found, name)[train] += _finite(known, name)[train]
-        trained[train] += 1
+            getattr(found, name)[visited] += _finite(known, name)[visited]
+        times[visited] += 1
     for column in (found.weight, found.weight_mean, found.weight_var):
-        column /= trained
+        column /= np.maximum(times, 1)
     return found
+
+
+@torch.no_grad()
+def _check_student(
+    student: nn.Module, normalise: nn.Module, two_samples: Tensor, num_classes: int
+) -> None:
+    """Refuses a student that cannot take samples like these, before it is trained.
+
+    Raises:
+        ValueError: what it said, or logits of another shape.
+    """
+    was_training = student.training
+    student.eval()
+    try:
+        shape = list(student(normalise(two_samples)).shape)
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"the student cannot take samples of {list(two_samples.shape[1:])}: {error}. Give "
+            "another student, or images of another size"
+        ) from error
+    student.train(was_training)
+    if shape != [2, num_classes]:
+        raise ValueError(
+            f"the student gives {shape} for two samples, not logits [2, {num_classes}]: make it "
+            "for the number of classes that it is asked for"
+        )
 
 
 def _finite(columns: Columns, name: str) -> NDArray[np.float32]:
@@ -213,6 +273,7 @@ def _finite(columns: Columns, name: str) -> NDArray[np.float32]:
 def _nothing(n: int, classes: int, epochs: int) -> Judgement:
     return Judgement(
         probabilities=np.zeros((n, classes), np.float32),
+        early=np.zeros((n, classes), np.float32),
         last=np.zeros((n, classes), np.float32),
         forgetting=np.zeros(n, np.int64),
         loss_var=np.zeros(n, np.float32),
@@ -230,40 +291,34 @@ class _Fold:
         self,
         samples: Tensor,
         labels: Tensor,
-        num_classes: int,
+        config: RunConfig,
         recipe: Recipe,
-        device: torch.device,
+        num_classes: int,
+        student: nn.Module,
+        normalise: nn.Module,
         train: NDArray[np.int64],
         held_out: NDArray[np.int64],
-        make_student: MakeStudent | None,
     ) -> None:
         self.samples, self.labels, self.recipe, self.held_out = samples, labels, recipe, held_out
-        world = World(device=device)
-        config = _config(recipe, len(train))
+        world = World(device=labels.device)
         self.loader = MemoryLoader(
             samples, train, batch_size=config.train.batch_size, train=True, seed=recipe.seed,
             augment=Augment(recipe.pad, recipe.mirror), world=world,
         )  # fmt: skip
-        torch.manual_seed(recipe.seed)
-        student = (
-            make_student(num_classes).to(device)
-            if make_student
-            else _student(recipe, config.student, num_classes, samples, device)
-        )
+        unknown = torch.full_like(labels, -1)
         criterion = create_criterion(
             config.curriculum,
             labels_N=labels,
-            clean_labels_N=torch.full_like(labels, -1),
-            sample_ids=torch.from_numpy(train).to(device),
+            clean_labels_N=unknown,
+            sample_ids=torch.from_numpy(train).to(labels.device),
             num_classes=num_classes,
             total_steps=self.loader.steps_per_epoch * recipe.epochs,
             seed=recipe.seed,
         )
         self.ledger = Ledger(len(labels), world)
         self.spade = Spade(
-            config, student, criterion, _normalise(samples).to(device), labels,
-            torch.full_like(labels, -1), self.loader.steps_per_epoch, world,
-            observers=[self.ledger],
+            config, student, criterion, normalise, labels, unknown, self.loader.steps_per_epoch,
+            world, observers=[self.ledger],
         )  # fmt: skip
 
     def train(self, found: Judgement, on_step: Callable[[], None]) -> None:
@@ -286,8 +341,9 @@ class _Fold:
             found.forgetting[rows] += was_right & ~right
             was_right = right
             agreement.append(float(right.mean()))
-            if epoch == max(1, round(recipe.burn_in * recipe.epochs)):
-                self._set_percentile(found, found.probabilities[rows] / epoch, given)
+            if epoch == max(1, int(recipe.burn_in * recipe.epochs)):
+                found.early[rows] = found.probabilities[rows] / epoch
+                self._set_percentile(found, found.early[rows], given)
         found.last[rows] = now
         found.probabilities[rows] /= recipe.epochs
         mean, square = losses / recipe.epochs
@@ -295,14 +351,15 @@ class _Fold:
         found.agreement.append(agreement)
 
     def _set_percentile(
-        self, found: Judgement, probabilities: NDArray[np.floating], given: NDArray[np.int64]
+        self, found: Judgement, probabilities: NDArray[np.float32], given: NDArray[np.int64]
     ) -> None:
         """At the end of the burn-in: ℓ_pt keeps the share of labels that is right."""
         criterion = self.spade.criterion
-        if not isinstance(criterion, Reweight):
-            return
+        if not isinstance(criterion, Reweight) or self.recipe.curriculum == "uniform":
+            return  # p decides nothing
         if self.recipe.noise_rate is None:
             right = 1 - estimate_noise(probabilities, given).rate
+            # Steps run eagerly here; one captured in a graph would go on with the old number.
             criterion.loss_percentile = float(np.clip(right, *_PERCENTILES))
         found.percentiles.append(criterion.loss_percentile)
 

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from mentorch.engine.curricula import resolve_curriculum
 from mentorch.engine.data.index import replacing
 from mentorch.engine.issues.cross_validation import (
     Judgement,
     MakeStudent,
     Recipe,
     judge,
+    steps_of,
     with_epochs,
 )
 from mentorch.engine.issues.noise_rate import NoiseEstimate, estimate_noise
@@ -84,10 +87,14 @@ class LabelIssues:
 
     def _settings(self) -> str:
         recipe = asdict(self.recipe) | {"student": self.student}
+        moved = self.noise.transition.copy()
+        np.fill_diagonal(moved, 0)
         found = {
             "noise_rate": self.noise.rate,
             "standard_error": self.noise.standard_error,
-            "transition": self.noise.transition.tolist(),
+            "is an upper bound": self.noise.is_upper_bound,
+            # Right class, given label, share of the class; what is not here is 0.
+            "moved": [[int(k), int(y), moved[k, y]] for k, y in np.argwhere(moved)],
             "prior": self.noise.prior.tolist(),
             "percentiles": self.judgement.percentiles,
             "agreement": self.judgement.agreement,
@@ -150,22 +157,32 @@ def find_label_issues(
         >>> found.noise.rate, found.suspects["sample_id"].to_numpy()[:10]
     """
     started = time.monotonic()
+    if isinstance(student, nn.Module):
+        raise ValueError(
+            "student is a module: give a function from the number of classes to a fresh one, since "
+            "every fold needs its own"
+        )
     if student and isinstance(student, str):
         options["student"] = student
     recipe = replace(recipe or Recipe(), **_known(options))
+    where = _device(device)
+    resolve_curriculum(recipe.curriculum)  # before anything is read
     bar = _Bar(progress)
     opened = _open(
         samples, labels, class_names, clean_labels, paths, image_size, max_label, bar.say
     )
     recipe = with_epochs(recipe, len(opened.values))
+    _check_classes(opened)
     if out is not None:  # now, not after hours of training
         Path(out).mkdir(parents=True, exist_ok=True)
     make_student = None if isinstance(student, str) else student
-    judgement = _judge(opened, recipe, _device(device), bar, make_student)
-    noise = estimate_noise(judgement.probabilities, opened.named.given)
+    judgement = _judge(opened, recipe, where, bar, make_student)
+    noise = estimate_noise(judgement.early, opened.named.given)
     scores = score_samples(_columns(judgement, opened.named.given), opened.named)
     seconds = time.monotonic() - started
-    name = repr(make_student) if make_student else recipe.student
+    name = recipe.student
+    if make_student:
+        name = getattr(make_student, "__qualname__", type(make_student).__qualname__)
     found = LabelIssues(
         scores, noise, judgement.probabilities, judgement, opened, recipe, name, seconds
     )
@@ -183,7 +200,23 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {found}: torch finds no GPU here (mentorch doctor says why)")
+    return found
+
+
+def _check_classes(opened: Samples) -> None:
+    """Judging needs two classes, and two samples of each."""
+    counts = np.bincount(opened.named.given)
+    if (counts > 0).sum() < 2:
+        raise ValueError("there are samples of one class only: no label can be wrong")
+    single = [opened.named.class_names[c] for c in np.flatnonzero(counts == 1)]
+    if single:
+        raise ValueError(
+            f"{len(single)} classes have a single sample, such as {', '.join(single[:5])}: no "
+            "student could know them when it judges that sample. Leave them out, or give more"
+        )
 
 
 def _open(
@@ -197,9 +230,11 @@ def _open(
     say: Progress,
 ) -> Samples:
     """From whatever a caller has to samples in memory."""
+    if isinstance(samples, list | tuple) and labels is not None:
+        samples = np.asarray(samples)
     for_arrays = {"labels": labels, "clean_labels": clean_labels, "paths": paths}
     is_path = isinstance(samples, str | Path)
-    if is_path or (labels is None and hasattr(samples, "__getitem__") and not _is_array(samples)):
+    if not _is_array(samples):
         extra = [name for name, value in for_arrays.items() if value is not None]
         if extra:
             raise ValueError(
@@ -229,14 +264,20 @@ def _judge(
     bar: "_Bar",
     make_student: MakeStudent | None,
 ) -> Judgement:
-    classes = len(opened.named.class_names)
-    if classes < 2:
-        raise ValueError("there is one class only: no label can be wrong")
     labels = torch.from_numpy(opened.named.given).to(device)
-    devices = [device] if device.type == "cuda" else []
-    with bar, torch.random.fork_rng(devices):  # the caller's random numbers go on as they were
-        values = opened.values.to(device)
+    # The caller's random numbers go on as they were, on every device: a seed is for all of them.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices), bar.over(steps_of(recipe, len(labels))):
+        classes = len(opened.named.class_names)
+        values = opened.values.to(device) if _fits(opened.values, device) else opened.values
         return judge(values, labels, classes, recipe, device, bar.step, make_student)
+
+
+def _fits(values: Tensor, device: torch.device) -> bool:
+    """Whether the samples leave half of a GPU's free memory for training."""
+    if device.type != "cuda":
+        return True
+    return values.nbytes < torch.cuda.mem_get_info(device)[0] / 2
 
 
 def _columns(judgement: Judgement, given: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
@@ -244,18 +285,18 @@ def _columns(judgement: Judgement, given: NDArray[np.int64]) -> dict[str, NDArra
     rows = np.arange(len(given))
     probabilities = judgement.probabilities
     predicted = probabilities.argmax(1)
-    smallest = np.finfo(np.float32).tiny
+    loss = -np.log(np.maximum(probabilities[rows, given], np.finfo(np.float32).tiny))
     return {
-        "loss_mean": -np.log(np.maximum(probabilities[rows, given], smallest)),
-        "loss": -np.log(np.maximum(judgement.last[rows, given], smallest)),
+        "loss_mean": loss,
+        "loss": loss,
         "loss_var": judgement.loss_var,
         "predicted": predicted,
         "probability": probabilities[rows, predicted],
         "weight": judgement.weight,
         "weight_mean": judgement.weight_mean,
         "weight_var": judgement.weight_var,
-        "visits": np.full(len(given), judgement.epochs),
-        "forgetting": judgement.forgetting,
+        "visits": np.full(len(given), min(judgement.epochs, 255), np.uint8),
+        "forgetting": judgement.forgetting.clip(max=255).astype(np.uint8),
     }
 
 
@@ -265,14 +306,14 @@ class _Bar:
     def __init__(self, wanted: bool) -> None:
         self.wanted = wanted
 
-    def __enter__(self) -> "_Bar":
+    @contextmanager
+    def over(self, steps: int) -> Iterator[None]:
+        """Shows how many of the training steps are done."""
         from tqdm import tqdm
 
-        self.bar = tqdm(unit=" steps", disable=None if self.wanted else True, leave=False)
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.bar.close()
+        hidden = None if self.wanted else True  # None: where nobody looks
+        with tqdm(total=steps, unit=" steps", disable=hidden, leave=False) as self.bar:
+            yield
 
     def step(self, what: str) -> None:
         """A training step was made."""

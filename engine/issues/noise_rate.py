@@ -33,12 +33,22 @@ class NoiseEstimate:
         prior: [C], share of each class among the right labels.
         anchors: [C], samples that a row of ``transition`` was counted on; a class without any is
             taken to have no wrong labels.
+        samples: N.
     """
 
     rate: float
     transition: NDArray[np.float64]
     prior: NDArray[np.float64]
     anchors: NDArray[np.int64]
+    samples: int
+
+    @property
+    def is_upper_bound(self) -> bool:
+        """Whether classes are too small to count on clear samples alone.
+
+        More than half of all samples were anchors: the students' own errors are counted, too.
+        """
+        return bool(self.anchors.sum() > 0.5 * self.samples)
 
     @property
     def standard_error(self) -> float:
@@ -71,7 +81,8 @@ def estimate_noise(
     known = np.isfinite(probabilities).all(axis=1)
     if not known.any():
         raise ValueError("no sample has probabilities that are numbers")
-    probabilities, labels = probabilities[known], labels[known]
+    if not known.all():
+        probabilities, labels = probabilities[known], labels[known]
     classes = probabilities.shape[1]
     predicted, surest = probabilities.argmax(1), probabilities.max(1)
     transition = np.eye(classes)
@@ -85,4 +96,4 @@ def estimate_noise(
         transition[k] = np.bincount(labels[best], minlength=classes) / len(best)
     prior = np.bincount(predicted, minlength=classes) / len(predicted)
     rate = float(np.clip(1 - prior @ np.diag(transition), 0.0, 1.0))
-    return NoiseEstimate(rate, transition, prior, anchors)
+    return NoiseEstimate(rate, transition, prior, anchors, len(labels))

@@ -44,6 +44,7 @@ def render_issues(found: "LabelIssues", samples: int, name: str) -> str:
         unusable=found.samples.unusable,
         folds=found.recipe.folds,
         epochs=found.judgement.epochs,
+        loss_name="loss",
     )
 
 
@@ -57,7 +58,8 @@ def _essentials(found: "LabelIssues") -> dict[str, str]:
     lines = {
         "Data": found.samples.source,
         "Samples": f"{len(found.probabilities):,}, {len(noise.prior):,} classes",
-        "Wrong labels": f"{noise.rate:.1%} ± {noise.standard_error:.1%}, estimated"
+        "Wrong labels": f"{'at most ' if noise.is_upper_bound else ''}{noise.rate:.1%} ± "
+        f"{noise.standard_error:.1%}, estimated"
         + ("" if recipe.noise_rate is None else f"; {recipe.noise_rate:.1%} were given"),
         "Students": f"{found.student}, {recipe.folds} folds, {recipe.epochs} epochs, seed "
         f"{recipe.seed}",

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from io import BytesIO
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mentorch.engine.data.datasets import bad_files, open_index
+from mentorch.engine.data.datasets import index_of_folder, needs_indexing, open_index
+from mentorch.engine.data.index import Index
 from mentorch.engine.data.readers import Bytes, Reader, open_reader
 from mentorch.engine.distributed import World
+from mentorch.engine.doctor_checks import available_memory
 from mentorch.engine.report.scores import Labelled
 
 _AT_ONCE = 4096  # images that are decoded between two looks at the progress
@@ -68,11 +72,11 @@ def from_arrays(
     Raises:
         ValueError: arrays of another shape or type.
     """
-    tensor = torch.as_tensor(np.asarray(values) if not isinstance(values, Tensor) else values)
-    if tensor.dtype == torch.uint8 and tensor.ndim == 4 and tensor.shape[3] > 4 > tensor.shape[1]:
+    tensor = _tensor(values)
+    if tensor.dtype == torch.uint8 and tensor.ndim == 4 and tensor.shape[3] > 4 >= tensor.shape[1]:
         raise ValueError(
             f"images are {list(tensor.shape)}, and channels come last: give [N, H, W, channels], "
-            "images.permute(0, 2, 3, 1)"
+            "tensor.permute(0, 2, 3, 1) or numpy.moveaxis(array, 1, 3)"
         )
     if tensor.dtype == torch.uint8 and tensor.ndim in (3, 4):
         tensor = tensor if tensor.ndim == 4 else tensor.unsqueeze(3)
@@ -85,13 +89,44 @@ def from_arrays(
         )
     given = _labels(labels, "labels")
     clean = None if clean_labels is None else _labels(clean_labels, "clean_labels")
-    known = [column.max(initial=0) for column in (given, clean) if column is not None]
-    names = class_names or [str(label) for label in range(int(max(known)) + 1)]
+    files = None if paths is None else [_text(path) for path in paths]
     reader = _Pixels(tensor) if tensor.ndim == 4 else None
     kind = "images" if tensor.ndim == 4 else "features"
     shape = "×".join(map(str, tensor.shape[1:]))
-    named = Labelled(given, tuple(names), clean, paths)
+    named = Labelled(given, _names(class_names, given), clean, files)
     return Samples(tensor.contiguous(), named, reader, [], f"{kind} of {shape} in memory")
+
+
+def _tensor(values: ArrayLike | Tensor) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.detach()
+    array = np.ascontiguousarray(values)
+    if array.dtype == object:
+        raise ValueError("samples are Python objects: give one array, all samples of one shape")
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _names(class_names: Sequence[Any] | None, labels: NDArray[np.int64]) -> tuple[str, ...]:
+    """Names by label, as text; some data sets have several a class."""
+    if class_names is None:
+        classes = int(labels.max(initial=0)) + 1
+        if classes > max(1000, len(labels)):
+            raise ValueError(
+                f"label {classes - 1} among {len(labels):,} samples: labels are numbers of "
+                "classes, from 0 on. numpy.unique(labels, return_inverse=True) makes such"
+            )
+        return tuple(map(str, range(classes)))
+    if isinstance(class_names, dict | str):
+        raise ValueError(
+            f"class_names are a sequence, by label, not a {type(class_names).__name__}"
+        )
+    return tuple(", ".join(n) if isinstance(n, tuple) else _text(n) for n in class_names)
+
+
+def _text(name: Any) -> str:
+    """A name or path as text that can be written; bytes that are no text become marks."""
+    text = fspath(name) if hasattr(name, "__fspath__") else str(name)
+    return str(text).encode(errors="replace").decode()
 
 
 def _labels(labels: ArrayLike | Tensor, name: str) -> NDArray[np.int64]:
@@ -111,7 +146,7 @@ class _Pixels:
         """The encoded image."""
         pixels = self.images[sample_id].cpu().numpy()
         if pixels.shape[2] not in (1, 3):
-            return f"no picture has {pixels.shape[2]} channels"
+            return f"{pixels.shape[2]} channels, which are not shown"
         file = BytesIO()
         Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
         return np.frombuffer(file.getvalue(), np.uint8)
@@ -121,9 +156,9 @@ def from_dataset(dataset: Any, image_size: int, class_names: Sequence[str] | Non
     """From a data set of PyTorch's kind: ``len(dataset)``, and ``dataset[i]`` is (sample, label).
 
     Args:
-        dataset: its samples are PIL images, uint8 [H, W], uint8 arrays [H, W, channels], uint8
-            tensors [channels, H, W], the same in floats in [0, 1] (torchvision's ``ToTensor``), or
-            features [D].
+        dataset: its samples are PIL images, uint8 [H, W], arrays [H, W, channels] or tensors
+            [channels, H, W] (torchvision's ``ToTensor``), uint8 or floats in [0, 1], or features
+            [D].
         image_size: PIL images become squares of so many pixels a side.
         class_names: [C] by label; by default ``dataset.classes``.
 
@@ -140,7 +175,7 @@ def from_dataset(dataset: Any, image_size: int, class_names: Sequence[str] | Non
     shapes = {value.shape for value in values}
     if len(shapes) != 1:
         raise ValueError(f"samples have several shapes, such as {sorted(shapes)[:3]}: resize them")
-    names = class_names or getattr(dataset, "classes", None)
+    names = class_names if class_names is not None else getattr(dataset, "classes", None)
     return from_arrays(np.stack(values), np.array(labels, np.int64), names)
 
 
@@ -163,7 +198,8 @@ def _as_pixels(value: Any, is_tensor: bool, row: int) -> Any:
                 f"dataset[{row}] has pixels from {value.min():.2f} to {value.max():.2f}; give "
                 "images in [0, 1], that is before they are normalised, or uint8"
             )
-        return np.round(255 * value.transpose(1, 2, 0)).astype(np.uint8)
+        channels_last = value.transpose(1, 2, 0) if is_tensor else value
+        return np.round(255 * channels_last).astype(np.uint8)
     raise ValueError(
         f"dataset[{row}] is {value.dtype} {list(value.shape)}; give a PIL image, uint8 [H, W], an "
         "array [H, W, channels], a tensor [channels, H, W] (uint8, or floats in [0, 1]), or float "
@@ -192,6 +228,7 @@ def from_folder(
         FileNotFoundError: nothing there.
         ValueError: no data set, or images that do not fit into memory.
     """
+    _say_which_index(path, say)
     index = open_index(path, World())
     ids = index.select("train", max_label=max_label)
     _check_memory(len(ids) * image_size**2 * 3, image_size)
@@ -229,8 +266,32 @@ def from_folder(
     )
     return Samples(
         torch.from_numpy(values[good]), named, _Rows(reader, kept),
-        bad_files(index) + unusable, f"{index.root} ({index.dataset})",
+        _left_out(index, max_label) + unusable, f"{index.root} ({index.dataset})",
     )  # fmt: skip
+
+
+def _say_which_index(path: Path, say: Any) -> None:
+    """An index does not notice what is done to its folder."""
+    if path.is_dir() and not needs_indexing(path):
+        kind, file = index_of_folder(path)
+        if file.is_file():
+            made = datetime.fromtimestamp(file.stat().st_mtime)
+            say(
+                f"{file}, of {made:%Y-%m-%d %H:%M}, says which images there are. If any were "
+                f"added, moved or removed since: mentorch index {kind} {path}"
+            )
+
+
+def _left_out(index: Index, max_label: int | None) -> list[tuple[str, str]]:
+    """Path and status of the training images that the index calls missing or broken."""
+    rows = index.table.select(["path", "status", "split", "label"]).to_pylist()
+    return [
+        (row["path"], row["status"])
+        for row in rows
+        if row["status"] != "ok"
+        and row["split"] == "train"
+        and (max_label is None or row["label"] < max_label)
+    ]
 
 
 class _Rows:
@@ -245,11 +306,7 @@ class _Rows:
 
 
 def _check_memory(needed: int, image_size: int) -> None:
-    available = 1024 * next(
-        int(line.split()[1])
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemAvailable")
-    )
+    available = available_memory()[0]
     if 2 * needed > available:  # once more while the good ones are picked
         raise ValueError(
             f"the images need {2 * needed / 2**30:.1f} GiB at {image_size} pixels a side, and "

@@ -81,7 +81,7 @@ def render_scores(
         suspects=int(scores["suspect"].to_numpy().sum()),
         total=len(scores),
         threshold=SUSPECT,
-        **more,
+        **{"loss_name": "mean loss", **more},
     )
 
 

@@ -68,11 +68,10 @@ class Labelled:
                 raise ValueError(
                     f"{name} has {len(column):,} entries for {len(self.given):,} labels"
                 )
-        for labels in (self.given, *(() if self.clean is None else (self.clean,))):
-            if len(labels) and labels.max() >= len(self.class_names):
-                raise ValueError(
-                    f"label {labels.max()} has no name: there are {len(self.class_names)}"
-                )
+        if len(self.given) and self.given.max() >= len(self.class_names):
+            raise ValueError(
+                f"label {self.given.max()} has no name: there are {len(self.class_names)}"
+            )
 
     def labels(self) -> Labels:
         """Given labels, [N]."""

@@ -78,6 +78,17 @@ def test_the_standard_error_is_that_of_the_rate():
     assert np.std(rates) == pytest.approx(np.mean(errors), rel=0.35)
 
 
+def test_small_classes_give_an_upper_bound():
+    """Ten samples of a class: all are anchors, and the student's errors count as wrong labels."""
+    probabilities, given, _ = made_up(200, symmetric(0.0, 20), np.full(20, 0.05), 0.15)
+    found = estimate_noise(probabilities, given)
+    assert found.rate > 0.05
+    assert found.is_upper_bound
+    assert not estimate_noise(
+        *made_up(4000, symmetric(0.0, 4), np.full(4, 0.25), 0.15)[:2]
+    ).is_upper_bound
+
+
 @pytest.mark.parametrize(
     ("probabilities", "labels", "share", "message"),
     [

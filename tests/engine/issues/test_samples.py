@@ -1,6 +1,7 @@
 """Arrays, data sets and folders become samples in memory; what cannot says why."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +45,10 @@ def test_features(dtype):
     [
         (pixels().astype(np.int64), LABELS, {}, r"int64.*\[6, 8, 8, 3\].*uint8"),
         (pixels().transpose(0, 3, 1, 2), LABELS, {}, r"permute\(0, 2, 3, 1\)"),
+        (pixels(channels=4).transpose(0, 3, 1, 2), LABELS, {}, "moveaxis"),
+        (np.array([None] * 6), LABELS, {}, "Python objects"),
+        (pixels(), LABELS * 5_000_000, {}, "label 10000000 among 6.*unique"),
+        (pixels(), LABELS, {"class_names": {0: "a", 1: "b", 2: "c"}}, "not a dict"),
         (pixels(), LABELS[:4], {}, "4 labels for 6"),
         (pixels(), LABELS - 1, {}, "-1 is negative"),
         (pixels(), LABELS.astype(float), {}, "labels are .* integers, got float64"),
@@ -56,6 +61,27 @@ def test_features(dtype):
 def test_arrays_that_do_not_fit_are_refused(values, labels, rest, message):
     with pytest.raises(ValueError, match=message):
         from_arrays(values, labels, **rest)
+
+
+def test_arrays_as_people_have_them():
+    """Reversed channels, what nobody may write to, a graph; names and paths that are no text."""
+    values = pixels()[..., ::-1]
+    values.flags.writeable = False
+    names = [("cat", "tabby"), 1, "c"]
+    paths = [Path("a") / str(row) for row in range(5)] + ["b\udcff"]
+    found = from_arrays(values, LABELS, names, paths=paths)
+    np.testing.assert_array_equal(found.values.numpy(), values)
+    assert found.named.class_names == ("cat, tabby", "1", "c")
+    assert found.named.files[0] == "a/0"
+    found.named.files[5].encode()  # which a lone surrogate could not
+    with_graph = torch.ones(6, 2, requires_grad=True) * 2
+    assert not from_arrays(with_graph, LABELS).values.requires_grad
+
+
+def test_a_clean_label_needs_no_name():
+    """Below a largest label, given ones may be wrong labels of classes above it."""
+    found = from_arrays(pixels(), LABELS, ["a", "b", "c"], clean_labels=LABELS + 1)
+    assert found.named.clean_labels().max() == 3
 
 
 class Data:
@@ -79,6 +105,7 @@ def as_float(image):
 
 KINDS = {
     "array": lambda image: image,
+    "float array": lambda image: image.astype(np.float32) / 255,
     "uint8 tensor": lambda image: torch.from_numpy(image.transpose(2, 0, 1).copy()),
     "ToTensor": as_float,
     "PIL": Image.fromarray,
@@ -142,6 +169,26 @@ def test_a_file_that_broke_since_is_left_out_and_named(folder):
     assert "b/3.png" in dict(found.unusable)
     picture = Image.open(io.BytesIO(found.reader.read(4).tobytes()))  # numbered anew
     assert picture.size == (20, 30)
+
+
+def test_an_index_is_not_taken_for_the_folder(folder):
+    said = []
+    from_folder(folder, 16, say=said.append)
+    assert not any("index folder" in line for line in said)
+    from_folder(folder, 16, say=said.append)
+    assert any("mentorch index folder" in line for line in said)
+
+
+def test_what_is_not_for_training_is_not_missed(tmp_path):
+    for split in ("train", "val"):
+        for row, image in enumerate(pixels(side=8)):
+            path = tmp_path / split / "ab"[row % 2] / f"{row}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    (tmp_path / "val" / "a" / "page.jpg").write_bytes(b"<html>")
+    (tmp_path / "train" / "b" / "page.jpg").write_bytes(b"<html>")
+    assert from_folder(tmp_path, 8).unusable == [("train/b/page.jpg", "broken")]
+    assert from_folder(tmp_path, 8, max_label=1).unusable == []
 
 
 def test_images_that_do_not_fit_into_memory_are_refused(folder):
