@@ -6,8 +6,10 @@ command imports what it needs itself.
 
 import errno
 import os
+import re
 import select
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -26,6 +28,7 @@ C = TypeVar("C", bound="RunConfig")
 # Exit statuses; docs/command_line.md has them for users.
 FAILED, USER_ERROR, INTERRUPTED, NO_READER = 1, 2, 130, 141
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_IMPORTED_AS = {"pillow": "PIL", "scikit-learn": "sklearn"}
 
 
 def run_cleanly(function: Callable[[], Any]) -> int:
@@ -63,7 +66,12 @@ def _status(function: Callable[[], Any]) -> int:
 
 
 def _complain(message: str, status: int) -> int:
-    """Tells what is wrong; of a failed run all ranks would say the same."""
+    """Tells what is wrong; of a failed run all ranks would say the same.
+
+    With ``MENTORCH_TRACEBACK=1`` in the environment each shows where it happened, too.
+    """
+    if os.environ.get("MENTORCH_TRACEBACK") == "1":
+        traceback.print_exc()
     if status == USER_ERROR or os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     return status
@@ -84,11 +92,32 @@ def _what_to_install(error: ModuleNotFoundError) -> str:
     package = (error.name or "").split(".")[0]
     if package in ("mentorch", ""):
         raise error
-    extra = "dali-cuda13 (or dali-cuda12)" if package == "nvidia" else "train"
+    missing = f"this needs {error.name}, which is not installed"
+    extra = "dali-cuda13" if package == "nvidia" else _extras().get(package)
+    if extra is None:
+        return missing
+    other = " (or dali-cuda12)" if package == "nvidia" else ""
+    setup = "./setup" if extra in ("train", "dali-cuda13") else "./setup dev"
     return (
-        f"this needs {error.name}, which is not installed. It comes with mentorch's extra {extra}: "
-        f"pip install 'mentorch[{extra.split()[0]}]', or ./setup in a clone of the repository"
+        f"{missing}. It comes with mentorch's extra {extra}{other}: in a clone of the repository "
+        f"{setup}, or pip install '.[{extra}]'"
     )
+
+
+def _extras() -> dict[str, str]:
+    """Of each package that an extra brings, by its import name, the first such extra."""
+    from importlib import metadata
+
+    try:
+        requirements = metadata.requires("mentorch") or []
+    except metadata.PackageNotFoundError:  # a tree on the path, not installed
+        return {}
+    found: dict[str, str] = {}
+    for requirement in requirements:
+        named = re.match(r"([\w.-]+)[^;]*;.*extra == ['\"]([\w-]+)", requirement)
+        if named:
+            found.setdefault(_IMPORTED_AS.get(named[1], named[1]), named[2])
+    return found
 
 
 def _about_file(error: OSError) -> str:
@@ -218,7 +247,7 @@ Examples
   mentorch show curriculum pd --out pd.html
   mentorch report runs/webvision_irv2-20260101-120000
 
-Exit status: 0 fine, 1 failed, 2 wrong input, 130 interrupted."""
+Exit status: 0 fine, 1 failed, 2 wrong input, 130 interrupted, 141 nobody reads the output."""
 
 # tyro completes no operands, and gives one empty word for nothing; then files are meant.
 _FILES_TOO = """_mentorch() { _tyro_mentorch "$@"; [[ -n ${COMPREPLY[0]} ]] || COMPREPLY=(); }
@@ -266,9 +295,15 @@ def _call(command: Command, words: Sequence[str]) -> Any:
 def _not_a_command(words: Sequence[str]) -> Any:
     first, *others = words
     within = [name for name in COMMANDS if name.startswith(f"{first} ")]
-    if within and (not others or others[0] in ("-h", "--help")):
-        kinds = _lines(COMMANDS[name] for name in within)
-        return print("\n".join([f"mentorch {first} is one of", *kinds]))
+    if within and not others:
+        kinds = ", ".join(name.split()[1] for name in within)
+        raise ValueError(
+            f"mentorch {first} is not complete: one of {kinds} follows; "
+            f"mentorch {first} --help says what they are"
+        )
+    if within and others[0] in ("-h", "--help"):
+        lines = _lines(COMMANDS[name] for name in within)
+        return print("\n".join([f"mentorch {first} is one of", *lines]))
     if within:
         near = get_close_matches(" ".join(words[:2]), within, n=1)
         likely = near or [f"{name} {others[0]}" for name in within if Path(others[0]).exists()]

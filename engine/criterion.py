@@ -53,7 +53,8 @@ class Criterion(nn.Module, ABC):
         self.ignore_index = ignore_index
         self._ranks = group
         self.class_dim = class_dim
-        self.register_buffer("loss_moving_avg", torch.zeros(()))
+        # Not PyTorch's default dtype, which trainers set to a half precision: see `_apply`.
+        self.register_buffer("loss_moving_avg", torch.zeros((), dtype=torch.float32))
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -99,7 +100,7 @@ class Criterion(nn.Module, ABC):
             What was found; sample losses and weights have the labels' shape.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not fit, or soft targets.
         """
         dim = self._find_classes(logits, labels)
         if logits.ndim == 2 and dim == 1:
@@ -115,6 +116,13 @@ class Criterion(nn.Module, ABC):
 
     def _find_classes(self, logits: Tensor, labels: Tensor) -> int:
         """The dimension of the classes, counted from 0; ValueError where the labels do not fit."""
+        if labels.is_floating_point():
+            raise ValueError(
+                f"labels are class numbers, integers, but these are {labels.dtype} of "
+                f"{list(labels.shape)}: soft targets, as Mixup and CutMix make them, belong to no "
+                "one sample that could be weighted. Turn both off; for label smoothing give "
+                "Reweight(…, label_smoothing=0.1)"
+            )
         dim = self.class_dim if logits.ndim > 1 else 0  # [C]: a single sample
         if -logits.ndim <= dim < logits.ndim:
             dim %= logits.ndim
@@ -143,7 +151,11 @@ class Criterion(nn.Module, ABC):
         """
 
     def forward(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Tensor:
-        """The loss to call ``backward`` on; arguments as `weigh`."""
+        """The loss to call ``backward`` on; arguments as `weigh`.
+
+        In eval mode a batch without a label that counts gives NaN, as `nn.CrossEntropyLoss` does;
+        in training mode it gives 0.
+        """
         if self.training:
             return self.weigh(logits, labels, index).loss
         dim = self._find_classes(logits, labels)

@@ -6,7 +6,8 @@ allocator keeps in reserve, CUDA's context, and the loader's buffers.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,8 @@ def trace(
 ) -> Trace:  # fmt: skip
     """Traces the passes over a part of a batch; the student stays as it is.
 
+    Norms that it fuses are traced as PyTorch's: a kernel cannot run on tensors without data.
+
     Args:
         student: in training mode.
         normalise: from pixels to the student's input.
@@ -107,11 +110,24 @@ def trace(
         return passes(shape, device, LiveBytes(state.values()))  # type: ignore[no-any-return]
     mode = FakeTensorMode()
     stand_ins: dict[str, Tensor] = {name: mode.from_tensor(value) for name, value in state.items()}
-    with mode:
+    with mode, _plain_norms(student):
         live = LiveBytes(stand_ins.values())
         found = torch.func.functional_call(passes, stand_ins, (shape, device, live))
     assert isinstance(found, Trace)
     return found
+
+
+@contextmanager
+def _plain_norms(student: Any) -> Iterator[None]:
+    """Switches ``student.fused_norms`` off, where a student has that and it is on."""
+    if not getattr(student, "fused_norms", False):
+        yield
+        return
+    student.fused_norms = False
+    try:
+        yield
+    finally:
+        student.fused_norms = True
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:

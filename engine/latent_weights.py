@@ -65,8 +65,9 @@ class LatentReweight(Reweight):
         self.form, self.regularizer = form, found
         self.weight_lr, self.power = weight_lr, power
         # The last row is scratch, for rows that are no sample.
-        self.register_buffer("sample_weights", torch.ones(num_samples + 1))  # line 1: v⁰
-        self.register_buffer("visits", torch.zeros(num_samples + 1))
+        start = torch.ones(num_samples + 1, dtype=torch.float32)  # line 1: v⁰
+        self.register_buffer("sample_weights", start)
+        self.register_buffer("visits", torch.zeros_like(start))
 
     def weigh_rows(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
         """One training step; arguments as `Criterion.weigh_rows`, ``index`` required.

@@ -20,20 +20,20 @@ _FORMAT = "mentornet-1"
 class _Lstm(nn.Module):
     """The parameters of one direction, with torch's initialisation."""
 
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias: Tensor
+
     def __init__(self, units: int) -> None:
         super().__init__()
         for name, shape in (("weight_ih", (2,)), ("weight_hh", (units,)), ("bias", ())):
             bound = units**-0.5
-            self.register_parameter(
-                name, nn.Parameter(torch.empty(4 * units, *shape).uniform_(-bound, bound))
-            )
+            start = torch.empty(4 * units, *shape, dtype=torch.float32)
+            self.register_parameter(name, nn.Parameter(start.uniform_(-bound, bound)))
 
     def forward(self) -> LstmWeights:
-        return LstmWeights(
-            self.get_parameter("weight_ih"),
-            self.get_parameter("weight_hh"),
-            self.get_parameter("bias"),
-        )
+        # Attributes: FSDP puts plain tensors, views of its own, in the place of parameters.
+        return LstmWeights(self.weight_ih, self.weight_hh, self.bias)
 
 
 def _check_options(lstm_output: str, encoder: str, activation: str, history_steps: int) -> None:
@@ -93,14 +93,15 @@ class MentorNet(nn.Module):
         self.encoder = encoder
         self.activation = activation
         self.card = card or {}
-        self.label_embedding = nn.Parameter(torch.randn(num_labels, label_dim))
-        self.epoch_embedding = nn.Parameter(torch.randn(EPOCHS, epoch_dim))
+        exact = torch.float32  # whatever PyTorch's default dtype is
+        self.label_embedding = nn.Parameter(torch.randn(num_labels, label_dim, dtype=exact))
+        self.epoch_embedding = nn.Parameter(torch.randn(EPOCHS, epoch_dim, dtype=exact))
         has_lstm = encoder == "lstm"
         self.forward_lstm = _Lstm(lstm_units) if has_lstm else None
         self.backward_lstm = _Lstm(lstm_units) if has_lstm else None
         of_visits = 2 * lstm_units if has_lstm else 2 * history_steps
-        self.fc1 = nn.Linear(label_dim + epoch_dim + of_visits, fc_units)
-        self.fc2 = nn.Linear(fc_units, 1)
+        self.fc1 = nn.Linear(label_dim + epoch_dim + of_visits, fc_units, dtype=exact)
+        self.fc2 = nn.Linear(fc_units, 1, dtype=exact)
 
     def weights(self) -> MentorWeights:
         """Θ as the kernels take it (no copies)."""

@@ -13,6 +13,7 @@ from mentorch.engine.data.pipelines import Batch, Loader
 from mentorch.engine.distributed import World
 from mentorch.engine.evaluate import evaluate
 from mentorch.engine.spade import Spade
+from mentorch.engine.step_engine import WARM_STEPS
 
 _BUDGET_S = 60.0  # of timing steps of one size
 _STEPS, _LEAST_S = 3, 3.0  # timed at least so many, for at least so long
@@ -76,20 +77,29 @@ def measure_pace(
 def _time_steps(
     config: RunConfig, spade: Spade, samples: Samples, world: World, images: int, most: int
 ) -> tuple[int, float]:
-    """Steps timed after a first one, and seconds a step."""
+    """Steps timed after the first ones, and seconds a step."""
+    untimed = _untimed(config, world)
     loader = Loader(
         samples.index, samples.sample_ids, batch_size=images, config=config.data, train=True,
         seed=config.seed, world=world, parts=config.train.accumulate,
     )  # fmt: skip
-    begun, taken = 0.0, -1
-    for _ in spade.train(loader.batches(epochs=most + 1)):
-        now = _now(world)
+    begun, taken = 0.0, -untimed
+    for _ in spade.train(loader.batches(epochs=most + untimed)):
         taken += 1
+        if taken < 0:
+            continue
+        now = _now(world)
         begun = begun or now
         if taken >= min(_STEPS, most) and (now - begun >= _LEAST_S or taken >= most):
             break
     loader.close()
     return taken, (now - begun) / taken
+
+
+def _untimed(config: RunConfig, world: World) -> int:
+    """Steps that are not like those after them: kernels are compiled, then a step is captured."""
+    captures = world.device.type == "cuda" and config.train.engine.endswith("graph")
+    return WARM_STEPS + 1 if captures else 1
 
 
 def _time_evaluation(

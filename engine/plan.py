@@ -165,6 +165,13 @@ class Prepared:
         }
 
     @cached_property
+    def checkpoint_bytes(self) -> int:
+        """Of a checkpoint's tensors, the curriculum's own tables among them."""
+        kept = ("weights", "optimiser", "averaged weights")
+        of_curriculum = size_of(self.spade.criterion.state_dict().values())
+        return sum(self.weights[name] for name in kept) + of_curriculum + self.ledger_bytes
+
+    @cached_property
     def ledger_bytes(self) -> int:
         """Of the ledger."""
         return size_of([self.ledger.table]) if self.ledger else 0
@@ -240,10 +247,11 @@ def _memory(found: Prepared) -> Lines:
     shown = {**weights, "activations": traced.activations}
     yield "memory", ", ".join(f"{name} {in_words(size)}" for name, size in shown.items() if size)
     images = found.share // found.config.train.accumulate
+    norms = " with PyTorch's norms for the fused ones" if found.config.student.fused_norms else ""
     yield (
         "",
         f"{in_words(kept + traced.peak)} a rank at the peak, by a trace of the passes over "
-        f"{images} images; libraries' workspaces and the loader's buffers come on top",
+        f"{images} images{norms}; libraries' workspaces and the loader's buffers come on top",
     )
     if found.world.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(found.world.device)
@@ -271,10 +279,7 @@ def _free_disk(config: RunConfig) -> tuple[Path, int]:
 
 
 def _disk(found: Prepared, disk: tuple[Path, int]) -> Lines:
-    train, weights = found.config.train, found.weights
-    each = sum(weights[name] for name in ("weights", "optimiser", "averaged weights"))
-    each += found.ledger_bytes
-    kept = train.keep_checkpoints + 1
+    each, kept = found.checkpoint_bytes, found.config.train.keep_checkpoints + 1
     there, free = disk
     yield (
         "disk",
@@ -288,8 +293,12 @@ def _disk(found: Prepared, disk: tuple[Path, int]) -> Lines:
 def _time(found: Prepared) -> Lines:
     room = _room(found)
     parts = found.config.train.accumulate
-    if room < 2 * parts <= found.share:
-        yield "time", "not measured: even two images do not fit into the memory that is free here"
+    fewest = min(2 * parts, found.share)
+    if room < fewest:
+        yield (
+            "time",
+            f"not measured: even a step of {fewest} images does not fit into the memory free here",
+        )
         return
     pace = measure_pace(
         found.config, found.spade, found.data, found.world, found.share, room // parts * parts

@@ -33,6 +33,10 @@ _NEEDS_STEPS = (
 )
 
 
+def _are_several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _reads_progress(curriculum: ClosedForm | MentorNet) -> bool:
     return isinstance(curriculum, MentorNet) or curriculum.kind == "pd_mixture"
 
@@ -101,6 +105,7 @@ class Reweight(Criterion):
     ledger: Tensor | None
     class_losses: Tensor | None
     class_seen: Tensor | None
+    class_shares: Tensor | None
 
     def __init__(
         self,
@@ -181,12 +186,13 @@ class Reweight(Criterion):
         self.one_launch = one_launch
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         kept_losses = (
-            new_class_losses(num_classes, class_window)
+            new_class_losses(num_classes, class_window, loss_percentile)
             if percentile_of == "class" and num_classes is not None
-            else (None, None)
+            else (None, None, None)
         )
         self.register_buffer("class_losses", kept_losses[0])
         self.register_buffer("class_seen", kept_losses[1])
+        self.register_buffer("class_shares", kept_losses[2])
         kept = num_samples if history_steps > 1 else None
         self.register_buffer(
             "history", new_history(kept, history_steps) if kept is not None else None
@@ -214,12 +220,11 @@ class Reweight(Criterion):
 
         ``index`` makes example dropout a property of the sample. With a history or a ledger no
         sample may come twice in a batch, over all ranks.
+
+        Raises:
+            ValueError: a history or a ledger, but no ``index``, or several ranks and no group.
         """
-        for kept, name in ((self.history, "history"), (self.ledger, "ledger")):
-            if kept is not None and index is None:
-                raise ValueError(
-                    f"a {name} is kept by sample: call criterion(logits, labels, index)"
-                )
+        self._check_kept_by_sample(index)
         out = reweight(
             logits,
             labels,
@@ -244,6 +249,19 @@ class Reweight(Criterion):
         if index is not None:
             self._note(logits, labels, index, out)
         return out
+
+    def _check_kept_by_sample(self, index: Tensor | None) -> None:
+        for kept, name in ((self.history, "history"), (self.ledger, "ledger")):
+            if kept is not None and index is None:
+                raise ValueError(
+                    f"a {name} is kept by sample: call criterion(logits, labels, index)"
+                )
+            if kept is not None and self._ranks is None and _are_several_ranks():
+                raise ValueError(
+                    f"with group=None the {name} would be of this rank alone, one of "
+                    f"{dist.get_world_size()}, and a host that copies or saves one rank's state "
+                    'loses what the others noted: give Reweight(…, group="world")'
+                )
 
     def _note(self, logits: Tensor, labels: Tensor, index: Tensor, out: Reweighted) -> None:
         """Adds a step to the ledger, if there is one; afterwards that of all ranks is the same."""
@@ -285,14 +303,34 @@ class Reweight(Criterion):
         try:
             from mentorch.engine.report.arrays import score_arrays
         except ImportError as error:
-            raise ImportError("the table needs pyarrow: pip install 'mentorch[train]'") from error
+            raise ImportError(
+                "the table needs pyarrow: pip install '.[train]' in a clone of the repository"
+            ) from error
         columns = table_columns(self.ledger[:-1])
         return score_arrays(columns, labels, class_names, clean_labels, paths)
 
+    def set_class_percentiles(self, loss_percentiles: Tensor) -> None:
+        """Gives every class a p of its own, from the next step on.
+
+        Args:
+            loss_percentiles: [C] in [0, 1]: of the samples labelled c, the share that is right.
+
+        Raises:
+            ValueError: ``percentile_of`` is not "class", or another number of them.
+        """
+        if self.class_shares is None:
+            raise ValueError('percentiles by class need percentile_of="class"')
+        classes = len(self.class_shares) - 1
+        if loss_percentiles.shape != (classes,):
+            raise ValueError(
+                f"give one percentile a class, [{classes}], not {list(loss_percentiles.shape)}"
+            )
+        self.class_shares[:-1] = loss_percentiles
+
     def _kept_by_class(self) -> ClassLosses | None:
-        if self.class_losses is None or self.class_seen is None:
+        if self.class_losses is None or self.class_seen is None or self.class_shares is None:
             return None
-        return ClassLosses(self.class_losses, self.class_seen)
+        return ClassLosses(self.class_losses, self.class_seen, self.class_shares)
 
     def extra_repr(self) -> str:
         """What `print(criterion)` shows."""

@@ -1,12 +1,13 @@
 """The percentile of the losses of each class: ℓ_pt for data whose classes differ in size.
 
-    ℓ_pt[c] = the p-th percentile of the last M losses of samples labelled c
+    ℓ_pt[c] = the p[c]-th percentile of the last M losses of samples labelled c
 
 Over a batch as a whole (the paper) the percentile is nearly that of the frequent classes. What is
 rare is learnt later, so its losses are larger, and a curriculum drops rare classes first. By class
-each keeps its own share p. A batch has few samples of a rare class, or none, and a moving average
-of percentiles of one or two losses would be one of their mean; so the last M losses are kept and
-the percentile is exact over those. The window takes the place of the decay.
+each keeps a share p[c] of its own; where labels are wrong at random, those of a rare class are
+wrong more often, having come from frequent ones. A batch has few samples of a rare class, or none,
+and a moving average of percentiles of one or two losses would be one of their mean; so the last M
+losses are kept and the percentile is exact over those. The window takes the place of the decay.
 
 Plain PyTorch on every device, some twenty launches and none that the host waits for; 4 M (C + 1)
 bytes.
@@ -25,16 +26,21 @@ class ClassLosses(NamedTuple):
 
     window: Tensor  # [C + 1, M] float32, nats; NaN: none yet
     seen: Tensor  # [C + 1] int64, losses put in so far
+    share: Tensor  # [C + 1] float64, p; never changed here
 
 
 def new_class_losses(
-    num_classes: int, window: int, device: torch.device | str | None = None
+    num_classes: int,
+    window: int,
+    loss_percentile: float,
+    device: torch.device | str | None = None,
 ) -> ClassLosses:
     """Nothing seen yet.
 
     Args:
         num_classes: C.
         window: M.
+        loss_percentile: p of every class, in [0, 1].
         device: where the tensors shall lie.
 
     Raises:
@@ -45,8 +51,9 @@ def new_class_losses(
             f"num_classes and the window must be at least 1, got {num_classes} and {window}"
         )
     return ClassLosses(
-        torch.full((num_classes + 1, window), torch.nan, device=device),
+        torch.full((num_classes + 1, window), torch.nan, dtype=torch.float32, device=device),
         torch.zeros(num_classes + 1, dtype=torch.int64, device=device),
+        torch.full((num_classes + 1,), loss_percentile, dtype=torch.float64, device=device),
     )
 
 
@@ -73,18 +80,19 @@ def remember_losses(kept: ClassLosses, labels: Tensor, losses: Tensor) -> None:
     kept.seen.index_add_(0, rows, torch.ones_like(rows))
 
 
-def class_percentile(kept: ClassLosses, labels: Tensor, loss_percentile: float) -> Tensor:
+def class_percentile(kept: ClassLosses, labels: Tensor) -> Tensor:
     """ℓ_pt of every row's class, [B] float32; NaN where nothing of the class was seen.
+
+    The "nearest" order statistic, as in `percentile`.
 
     Args:
         kept: what was seen, these rows included.
         labels: [B] integers.
-        loss_percentile: p in [0, 1]; the "nearest" order statistic as in `percentile`.
     """
     rows = _rows(kept, labels)
     ascending = (kept.window[rows] + 0.0).sort(dim=1).values  # NaN sorts last
     present = kept.seen[rows].clamp(max=kept.window.shape[1])
-    descending_rank = ((present - 1).double() * (1.0 - loss_percentile)).round().long()
+    descending_rank = ((present - 1).double() * (1.0 - kept.share[rows])).round().long()
     position = (present - 1 - descending_rank).clamp(min=0)
     found = ascending.gather(1, position.unsqueeze(1)).squeeze(1)
     return found.masked_fill(rows == len(kept.seen) - 1, torch.nan)

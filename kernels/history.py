@@ -26,7 +26,7 @@ def new_history(samples: int, steps: int, device: torch.device | str | None = No
     """
     if samples < 1 or steps < 1:
         raise ValueError(f"a history needs at least 1 sample and 1 step, got {samples} and {steps}")
-    return torch.full((samples + 1, steps, 2), torch.nan, device=device)
+    return torch.full((samples + 1, steps, 2), torch.nan, dtype=torch.float32, device=device)
 
 
 def _rows(history: Tensor, sample_ids: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def reweight_ref(
         if class_losses is not None:
             labels_W = _gather(labels, group)
             remember_losses(class_losses, labels_W, everyone)
-            everyones = class_percentile(class_losses, labels_W, loss_percentile).to(base.dtype)
+            everyones = class_percentile(class_losses, labels_W).to(base.dtype)
             own = everyones.narrow(0, _first_row(labels, group), len(labels))
         steps = sample_loss, sample_loss - own
         if history is not None and isinstance(curriculum, MentorWeights):

@@ -244,7 +244,7 @@ def test_the_console_script_says_what_is_missing(installed: Path, tmp_path: Path
     assert screen.stdout.startswith(f"mentorch {mentorch.__version__}")
     report = run_hidden(installed, call + "['report', 'x']; main()", tmp_path)
     assert report.returncode == 2
-    assert "pip install 'mentorch[train]'" in report.stderr
+    assert "pip install '.[train]'" in report.stderr
     assert "Traceback" not in report.stderr
 
 

@@ -16,7 +16,19 @@ class WeightedTask(ClassificationTask):  # type: ignore[misc]
 
     Arguments as there; ``criterion`` is a `mentorch.Reweight`. In eval mode the loss is plain
     cross-entropy, so call ``task.train()`` before training goes on.
+
+    Raises:
+        ValueError: a criterion that is a function, so that it has no state.
     """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if not isinstance(self.criterion, nn.Module):
+            raise ValueError(
+                "the criterion's state goes into the checkpoints, so it must be an nn.Module such "
+                f"as mentorch.Reweight, not {self.criterion!r}; for a function take timm's "
+                "ClassificationTask"
+            )
 
     def forward(
         self, input: Tensor, target: Tensor, index: Tensor | None = None

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mentorch.engine.criterion import Criterion, count_rows
@@ -84,9 +85,18 @@ class TrainerLoss(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
-        """Moves the criterion to the device and, if training goes on, reads its state."""
-        if state.is_hyper_param_search:
-            raise ValueError("a TrainerLoss is for one training run: make one in each trial")
+        """Moves the criterion to the device and, if training goes on, reads its state.
+
+        Raises:
+            ValueError: a run that this loss cannot be right in, or a file of another run.
+            FileNotFoundError: training goes on, but the checkpoint has no state of a criterion.
+        """
+        _check_run(args, state, kwargs["model"])
+        if self._model is not None and state.global_step == 0:
+            raise ValueError(
+                "this TrainerLoss has trained before, and its criterion would go on where it "
+                "stopped: make a new Reweight and a new TrainerLoss for each run"
+            )
         self._model = kwargs["model"]
         self.criterion.to(args.device)
         if state.global_step > 0:
@@ -117,6 +127,42 @@ class TrainerLoss(TrainerCallback):  # type: ignore[misc]
                 "the latter's folder: TrainerLoss(criterion, resume_from=FOLDER)"
             )
         self.criterion.load_state_dict(tensors)
+
+
+def _check_run(args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+    """ValueError for what would train something else, silently."""
+    if state.is_hyper_param_search:
+        raise ValueError("a TrainerLoss is for one training run: make one in each trial")
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size=True begins training anew after a failure, but the criterion "
+            "would go on: set it to False and give per_device_train_batch_size"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"this one process has {args.n_gpu} GPUs and splits its batches over them "
+            "(nn.DataParallel), which a TrainerLoss is not scaled for: start one process a GPU, "
+            f"torchrun --nproc-per-node {args.n_gpu} …, or choose one by CUDA_VISIBLE_DEVICES=0"
+        )
+    if _shifts_labels(model):
+        raise ValueError(
+            f"{type(model).__name__} predicts the next token: it shifts the labels in its own "
+            "loss, but the Trainer gives a compute_loss_func unshifted ones, so the model would "
+            "learn to repeat its input. Shift both in your own compute_loss of a Trainer: "
+            "criterion(logits[:, :-1], labels[:, 1:]) with Reweight(…, class_dim=-1)"
+        )
+
+
+def _shifts_labels(model: Any) -> bool:
+    """Whether it is a causal language model, be it wrapped by PEFT or a subclass."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if any(kind.__name__ in causal for kind in type(inner).__mro__):
+        return True
+    # Models of images and text decode too; those with an encoder shift their inputs instead.
+    decodes = getattr(inner, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration")
+    config = getattr(inner, "config", None)
+    return decodes and not getattr(config, "is_encoder_decoder", False)
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -358,9 +358,12 @@ class _Fold:
         if not isinstance(criterion, Reweight) or self.recipe.curriculum == "uniform":
             return  # p decides nothing
         if self.recipe.noise_rate is None:
-            right = 1 - estimate_noise(probabilities, given).rate
+            noise = estimate_noise(probabilities, given)
             # Steps run eagerly here; one captured in a graph would go on with the old number.
-            criterion.loss_percentile = float(np.clip(right, *_PERCENTILES))
+            criterion.loss_percentile = float(np.clip(1 - noise.rate, *_PERCENTILES))
+            if self.recipe.percentile_of == "class":
+                right = torch.from_numpy(noise.right_by_label).clamp(*_PERCENTILES)
+                criterion.set_class_percentiles(right)
         found.percentiles.append(criterion.loss_percentile)
 
     @torch.no_grad()

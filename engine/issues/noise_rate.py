@@ -43,6 +43,16 @@ class NoiseEstimate:
     samples: int
 
     @property
+    def right_by_label(self) -> NDArray[np.float64]:
+        """[C], of the samples labelled y the share whose label is right; 1 where none is expected.
+
+        Bayes: P(y) T[y, y] / Σ_k P(k) T[k, y].
+        """
+        right = self.prior * np.diag(self.transition)
+        given = self.prior @ self.transition
+        return np.divide(right, given, out=np.ones_like(right), where=given > 0)
+
+    @property
     def is_upper_bound(self) -> bool:
         """Whether classes are too small to count on clear samples alone.
 

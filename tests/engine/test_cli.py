@@ -3,8 +3,10 @@
 import errno
 import inspect
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +86,8 @@ def test_a_command_tells_its_options_under_its_own_name(mentorch):
     [
         (("dcotor",), "did you mean mentorch doctor?"),
         (("trainmentor",), "did you mean mentorch train-mentor?"),
+        (("index",), "one of webvision, imagenet, folder follows; mentorch index --help"),
+        (("show",), "one of curriculum follows"),
         (("indx",), "did you mean mentorch index webvision or mentorch index imagenet"),
         (("index", "webvisoin", "x"), "did you mean mentorch index webvision?"),
         (("index", "{here}"), "did you mean mentorch index webvision {here} or"),  # kind forgotten
@@ -114,13 +118,23 @@ def test_an_unknown_option_names_the_nearest(mentorch):
     assert "--workers" in err
 
 
-def test_a_group_shows_what_is_in_it(mentorch):
-    status, out, _ = mentorch("index")
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_a_group_shows_what_is_in_it(word, mentorch):
+    status, out, _ = mentorch("index", word)
     assert status == 0
     assert [line.split()[2] for line in out.splitlines()[1:]] == ["webvision", "imagenet", "folder"]
 
 
 # ---- Exit statuses ------------------------------------------------------------------------------
+
+
+def test_the_screen_and_the_page_list_the_same_statuses():
+    page = (Path(__file__).parents[2] / "docs/command_line.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| (\d+) \|", page, re.MULTILINE)
+    assert listed == re.findall(r"\d+", cli.screen().splitlines()[-1])
+    assert {cli.FAILED, cli.USER_ERROR, cli.INTERRUPTED, cli.NO_READER} == set(map(int, listed)) - {
+        0
+    }
 
 
 @pytest.mark.parametrize(
@@ -131,8 +145,12 @@ def test_a_group_shows_what_is_in_it(mentorch):
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "/x: permission denied; "),
         (FileExistsError(errno.EEXIST, "File exists", "/x"), 2, "/x: file exists; "),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 1, "make room"),
-        (ModuleNotFoundError("no", name="pyarrow.lib"), 2, "pip install 'mentorch[train]'"),
-        (ModuleNotFoundError("no", name="nvidia.dali"), 2, "mentorch[dali-cuda13]"),
+        (ModuleNotFoundError("no", name="pyarrow.lib"), 2, "./setup, or pip install '.[train]'"),
+        (ModuleNotFoundError("no", name="sklearn"), 2, "mentorch's extra train: "),
+        (ModuleNotFoundError("no", name="nvidia.dali"), 2, "./setup, or pip install '.[dali-cuda1"),
+        (ModuleNotFoundError("no", name="lightning"), 2, "dev, or pip install '.[integrations]'"),
+        (ModuleNotFoundError("no", name="users_own"), 2, "users_own, which is not installed\n"),
+        (ModuleNotFoundError("no", name="torch"), 2, "torch, which is not installed\n"),
         (RunFailed("the images are gone"), 1, "error: the images are gone"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -146,6 +164,31 @@ def test_exit_statuses(error, status, said, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert said in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("5"),
+        OSError(errno.ENOSPC, "full", "/x"),
+        RunFailed("x"),
+        ModuleNotFoundError("no", name="users_own"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize(("asked", "shown"), [("1", 1), ("0", 0), ("", 0)])
+def test_a_traceback_is_shown_where_it_is_asked_for(error, asked, shown, monkeypatch, capsys):
+    """What looks like wrong input may be a bug of ours all the same."""
+
+    def where_it_happened():
+        raise error
+
+    monkeypatch.setenv("MENTORCH_TRACEBACK", asked)
+    cli.run_cleanly(where_it_happened)
+    err = capsys.readouterr().err
+    assert err.count("Traceback") == err.count("in where_it_happened") == shown
+    assert err.splitlines()[-1].startswith("error: ")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +242,7 @@ main()
     assert (screen.returncode, screen.stdout) == (0, cli.screen() + "\n")
     assert command.returncode == 2
     assert command.stderr.startswith("error: this needs tyro, which is not installed.")
-    assert "pip install 'mentorch[train]'" in command.stderr
+    assert "pip install '.[train]'" in command.stderr
 
 
 # ---- Completion ---------------------------------------------------------------------------------

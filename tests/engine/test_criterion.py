@@ -8,9 +8,12 @@ import torch
 import torch.distributed as dist
 
 import mentorch
+from mentorch.engine.latent_weights import LatentReweight
 from mentorch.engine.ledger import table_columns
+from mentorch.engine.mentor import MentorNet
 from mentorch.engine.report.scores import write_scores
 from mentorch.kernels.ledger import new_ledger, record
+from mentorch.kernels.mentor import ClosedForm
 
 N, B, C = 23, 8, 5  # more samples than two batches visit
 
@@ -75,6 +78,59 @@ def test_a_cast_of_the_whole_model_costs_the_state_no_bits():
         assert torch.equal(tensor, cast.state_dict()[name]), name
     assert cast.double().loss_moving_avg.dtype == torch.float64, "more bits are no loss"
     assert cast.to("meta").half().loss_moving_avg.device.type == "meta"
+
+
+@pytest.fixture
+def half_by_default():
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning's bf16-true does while it makes a module
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+BY_SAMPLE = {"num_samples": N, "total_steps": 10, "burn_in": 0}
+KINDS = {
+    "closed form": lambda: mentorch.Reweight("linear", ledger=True, **BY_SAMPLE),
+    "history": lambda: mentorch.Reweight(MentorNet(), history_steps=3, **BY_SAMPLE),
+    "by class": lambda: mentorch.Reweight(
+        "linear", percentile_of="class", num_classes=C, **BY_SAMPLE
+    ),
+    "latent": lambda: LatentReweight(ClosedForm("linear"), weight_lr=0.5, **BY_SAMPLE),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_state_is_float32_whatever_pytorchs_default_is(kind, half_by_default):
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    expected, batches = KINDS[kind](), [batch(seed) for seed in range(3)]
+    losses = [expected(*each) for each in batches]
+    torch.set_default_dtype(torch.bfloat16)
+    torch.manual_seed(0)
+    criterion = KINDS[kind]()
+    found = [criterion(*each) for each in batches]  # Lightning's steps have that default too
+    torch.testing.assert_close(found, losses)
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(criterion.state_dict()[name], tensor, equal_nan=True)
+
+
+@pytest.mark.parametrize("kept", [{"ledger": True}, {"history_steps": 3}], ids=str)
+def test_ranks_that_would_lose_what_the_others_note_are_refused(kept, monkeypatch):
+    criterion = mentorch.Reweight("linear", burn_in=0, num_samples=N, **kept)
+    criterion(*batch(0))  # alone it is right
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
+    with pytest.raises(ValueError, match=r'one of 2, and .* give Reweight\(…, group="world"\)'):
+        criterion(*batch(1))
+    assert criterion.step == 1
+    new_criterion()(*batch(1))  # nothing is kept by sample
+
+
+def test_no_label_that_counts_is_0_to_train_on_and_nan_to_evaluate():
+    logits, labels, _ = batch(0)
+    criterion = new_criterion()
+    ignored = torch.full_like(labels, -100)
+    assert criterion(logits, ignored) == 0
+    assert criterion.eval()(logits, ignored).isnan()
 
 
 def test_the_ledger_is_what_the_kernel_notes_and_evaluation_notes_nothing():

@@ -23,6 +23,17 @@ def inputs(batch=6, steps=2):
     return loss, loss - 1, torch.arange(batch) % 2, torch.arange(batch) * 10
 
 
+def test_parameters_may_be_plain_tensors_as_fsdp_leaves_them():
+    mentor, data = MentorNet(), inputs()
+    expected = mentor(*data)
+    for module in mentor.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            setattr(module, name, parameter.detach().clone())
+    assert not list(mentor.parameters())
+    assert torch.equal(mentor(*data), expected)
+
+
 @pytest.mark.parametrize("dims", DIMS)
 def test_saved_and_loaded_it_is_the_same(tmp_path, dims):
     card = {"target": {"kind": "linear", "lambda2": 1.0}, "seed": 3, "note": "ℓ − ℓ_pt"}

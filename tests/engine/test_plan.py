@@ -14,6 +14,7 @@ from mentorch.engine.footprint import optimizer_bytes, size_of, trace
 from mentorch.engine.job import run
 from mentorch.engine.optim import create_optimizer
 from mentorch.engine.student import create_student
+from mentorch.kernels import batch_norm, residual
 
 from .runs import only_run
 
@@ -153,6 +154,34 @@ def test_the_trace_without_data_is_that_of_real_passes(name, images, side, dtype
     assert fake.peak > fake.activations > images * side * side * 3
 
 
+def test_fused_norms_are_traced_without_their_kernels(monkeypatch):
+    """As on a GPU, where those would be launched, on tensors without data."""
+    for module in (batch_norm, residual):
+        monkeypatch.setattr(module, "runs_kernels", lambda *tensors: True)
+    config = StudentConfig(name="inception_resnet_v2_fast", fused_norms=True)
+    student = create_student(config, 10, CPU).train()
+    for stage in ("repeat", "repeat_1", "repeat_2"):  # a block each, to be quick
+        setattr(student, stage, getattr(student, stage)[:1])
+    there = set(student.modules())
+    student._units = [unit for unit in student._units if unit in there]
+    normalise = Normalise((0.5,) * 3, (0.5,) * 3)
+    found = trace(student, normalise, torch.float32, 2, 75)
+    assert student.fused_norms
+    student.fused_norms = False
+    assert found == trace(student, normalise, torch.float32, 2, 75)
+    assert not student.fused_norms
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_plan_says_what_stands_for_fused_norms(fused, dry):
+    found = plan.Prepared(dry, World(device=CPU), 1, 16)
+    other = replace(found, config=replace(dry, student=StudentConfig(fused_norms=fused)))
+    for name in ("data", "weights", "trace"):  # of a student that is quick to make
+        other.__dict__[name] = getattr(found, name)
+    said = " ".join(text for _, text in plan._memory(other))
+    assert ("with PyTorch's norms for the fused ones" in said) == fused
+
+
 def test_activations_are_what_autograd_saves():
     """Linear, ReLU, linear: the input, the first output's sign and the second input are kept."""
     student = torch.nn.Sequential(
@@ -186,6 +215,19 @@ def test_the_optimisers_bytes_are_exact(optim):
     assert (real > 0) == (optim.name == "lamb" or optim.momentum > 0)
 
 
+# ---- Disk ---------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_has_the_curriculums_tables(dry):
+    """Latent weights are two numbers a sample, float32, and a scratch row of each."""
+    tables = replace(dry, curriculum=replace(dry.curriculum, weight_lr=0.1))
+    with_tables, without = (
+        plan.Prepared(config, World(device=CPU), 1, 16) for config in (tables, dry)
+    )
+    rows = len(without.data.train.labels_N) + 1
+    assert with_tables.checkpoint_bytes - without.checkpoint_bytes == 2 * 4 * rows
+
+
 # ---- Time ---------------------------------------------------------------------------------------
 
 
@@ -217,6 +259,74 @@ def test_memory_limits_the_images_that_are_timed(dry, monkeypatch):
     found = pace.measure_pace(dry, None, data, World(), share=64, room=4)
     assert found.images == 4
     assert found.step_s == pytest.approx(6.4)
+
+
+@pytest.mark.parametrize(
+    ("share", "parts", "room", "timed"),
+    [
+        (8, 1, 1, False),
+        (8, 1, 2, True),
+        (1, 1, 0, False),  # the whole share is smaller than two images
+        (1, 1, 1, True),
+        (4, 4, 0, False),  # and than two images a part
+        (4, 4, 4, True),
+    ],
+)
+def test_steps_that_do_not_fit_are_not_timed(share, parts, room, timed, dry, monkeypatch):
+    config = replace(dry, train=replace(dry.train, batch_size=share, accumulate=parts))
+    monkeypatch.setattr(plan, "_room", lambda found: room)
+    asked = []
+
+    def measure(*arguments):
+        asked.append(arguments[-1])
+        return pace.Pace(room, 3, 1.0, {})
+
+    monkeypatch.setattr(plan, "measure_pace", measure)
+    monkeypatch.setattr(plan, "_evaluation_s", lambda found, pace: 0.0)
+    ((_, said), *_) = plan._time(plan.Prepared(config, World(device=CPU), 1, share))
+    assert asked == ([room] if timed else [])
+    if not timed:
+        assert f"even a step of {min(2 * parts, share)} images does not fit" in said
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind", "untimed"),
+    [
+        ("eager", "cuda", 1),
+        ("compile", "cuda", 1),
+        ("graph", "cuda", 4),  # three warm ones, and the one that is captured
+        ("compile-graph", "cuda", 4),
+        ("graph", "cpu", 1),  # nothing is captured there
+    ],
+)
+def test_steps_before_the_engine_is_at_work_are_not_timed(engine, kind, untimed, dry, monkeypatch):
+    """Of those 100 s each on a made-up clock, of the others 1 s: what is timed is 1 s."""
+    clock, asked = [0.0], []
+
+    class Loader:
+        def __init__(self, *arguments, **settings):
+            pass
+
+        def close(self):
+            pass
+
+        def batches(self, epochs):
+            asked.append(epochs)
+            return range(epochs)
+
+    def train(batches):
+        for at, _ in enumerate(batches):
+            clock[0] += 100.0 if at < untimed else 1.0
+            yield at
+
+    monkeypatch.setattr(pace, "Loader", Loader)
+    monkeypatch.setattr(pace, "_now", lambda world: clock[0])
+    spade = type("Spade", (), {"train": staticmethod(train)})
+    samples = type("Samples", (), {"index": None, "sample_ids": None})
+    config = replace(dry, train=replace(dry.train, engine=engine))
+    found = pace._time_steps(config, spade, samples, World(device=torch.device(kind)), 8, 3)
+    assert found == (3, 1.0)
+    assert asked == [3 + untimed]  # enough, should an epoch be a single step
 
 
 @pytest.mark.parametrize(

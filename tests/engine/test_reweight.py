@@ -263,7 +263,8 @@ def test_a_missing_file_is_named():
 @pytest.mark.parametrize(
     ("logits", "labels", "message"),
     [
-        (torch.zeros(4, 3), torch.zeros(4, 3), r"\[4, 3\] and \[4, 3\]"),  # mixup's soft labels
+        (torch.zeros(4, 3), torch.zeros(4, 3), r"float32 of \[4, 3\]: soft targets, as Mixup"),
+        (torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.long), r"\[4, 3\] and \[4, 3\]"),
         (torch.zeros(4, 3), torch.zeros(3, dtype=torch.long), r"\[3\]"),
         (torch.zeros(0, 3), torch.zeros(0, dtype=torch.long), "empty"),
     ],

@@ -30,7 +30,8 @@ def draw(rows, classes, seed):
 # p: the ends, the default, and 0.5, where ranks fall on ties of the rounding.
 @pytest.mark.parametrize("p", [0.0, 0.5, 0.75, 1.0])
 def test_it_is_the_percentile_of_each_classs_last_losses(p):
-    kept = new_class_losses(4, WINDOW)
+    kept = new_class_losses(4, WINDOW, p)
+    kept.share[2] = 0.3  # a class of its own mind
     last = [deque(maxlen=WINDOW) for _ in range(4)]
     for step in range(12):
         # 1 row: most classes missing; 64: class 0 has more rows than the window holds.
@@ -40,9 +41,11 @@ def test_it_is_the_percentile_of_each_classs_last_losses(p):
             if label >= 0 and loss == loss:
                 last[label].append(loss)
         asked = torch.tensor([0, 1, 2, 3, 3, -100, 4])
-        found = class_percentile(kept, asked, p)
+        found = class_percentile(kept, asked)
         wanted = [
-            percentile_ref(torch.tensor(list(last[c])), p).item() if last[c] else float("nan")
+            percentile_ref(torch.tensor(list(last[c])), 0.3 if c == 2 else p).item()
+            if last[c]
+            else float("nan")
             for c in (0, 1, 2, 3, 3)
         ]
         torch.testing.assert_close(
@@ -51,16 +54,16 @@ def test_it_is_the_percentile_of_each_classs_last_losses(p):
 
 
 def test_the_oldest_loss_makes_room():
-    kept = new_class_losses(1, 3)
+    kept = new_class_losses(1, 3, 1.0)
     for loss in (9.0, 1.0, 2.0, 3.0):
         remember_losses(kept, torch.tensor([0]), torch.tensor([loss]))
-    assert class_percentile(kept, torch.tensor([0]), 1.0).item() == 3.0
+    assert class_percentile(kept, torch.tensor([0])).item() == 3.0
 
 
 @pytest.mark.parametrize(("classes", "window"), [(0, 5), (3, 0)])
 def test_sizes_below_one_are_refused(classes, window):
     with pytest.raises(ValueError, match="at least 1"):
-        new_class_losses(classes, window)
+        new_class_losses(classes, window, 0.5)
 
 
 def step(kept, logits, labels, **options):
@@ -77,7 +80,7 @@ def test_a_rare_class_keeps_its_share():
     logits[:8, 0] = torch.linspace(3, 4, 8)
     logits[8:, 0] = torch.linspace(1, 2, 4)
     by_batch = step(None, logits, labels).sample_weight
-    by_class = step(new_class_losses(2, 16), logits, labels).sample_weight
+    by_class = step(new_class_losses(2, 16, 0.5), logits, labels).sample_weight
     assert by_batch[8:].sum() == 0
     assert by_class[:8].sum() == 4
     assert by_class[8:].sum() == 2
@@ -86,7 +89,7 @@ def test_a_rare_class_keeps_its_share():
 def test_gradients_and_ignored_rows():
     logits = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 1, -100, 2, 1, 0])
-    kept = new_class_losses(3, 4)
+    kept = new_class_losses(3, 4, 0.5)
     out = step(kept, logits, labels)
     out.loss.backward()
     assert out.sample_weight[2] == 0
@@ -100,6 +103,6 @@ def test_gradients_and_ignored_rows():
 def test_what_does_not_go_together_is_refused():
     logits, labels = torch.randn(2, 3), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="num_classes=3"):
-        step(new_class_losses(2, 4), logits, labels)
+        step(new_class_losses(2, 4, 0.5), logits, labels)
     with pytest.raises(ValueError, match="lagged"):
-        step(new_class_losses(3, 4), logits, labels, moving_avg="lagged")
+        step(new_class_losses(3, 4, 0.5), logits, labels, moving_avg="lagged")

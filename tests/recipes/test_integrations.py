@@ -131,6 +131,23 @@ def test_resumed_by_the_hosts_checkpoint_it_is_the_uninterrupted_run(host, tmp_p
     assert different(expected, found) == []
 
 
+def test_averaged_weights_leave_the_state_alone_if_buffers_are_not_averaged(tmp_path):
+    """As the page says; by default Lightning would average the step and the ledger's bytes too."""
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    criterions = weighted("lightning_fit"), weighted("lightning_fit")
+    averaging = EMAWeightAveraging(decay=0.9, use_buffers=False)
+    for criterion, callbacks in zip(criterions, ([], [averaging]), strict=True):
+        folder = tmp_path / str(len(callbacks))
+        folder.mkdir()
+        train_lightning(folder, criterion, 1, callbacks=callbacks)
+    plain, averaged = (criterion.state_dict() for criterion in criterions)
+    kept = [name for name, _ in criterions[0].named_buffers()]
+    assert not {*different(plain, averaged)} & {*kept}
+    torch.testing.assert_close(averaged, plain)  # a frozen MentorNet's averages are rounded
+    assert averaged["step"] == steps("lightning_fit")
+
+
 ACCUMULATED = {
     "lightning_fit": ({"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}),
     "accelerate_loop": ({"gradient_accumulation_steps": 2}, {"mixed_precision": "bf16"}),
@@ -248,7 +265,7 @@ def test_the_example_with_sample_ids(tmp_path):
 def run_example(name, *arguments):
     done = subprocess.run(
         [sys.executable, RECIPES / f"{name}.py", *arguments],
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout

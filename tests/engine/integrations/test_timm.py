@@ -23,6 +23,11 @@ def test_ids_reach_the_ledger_and_the_state_the_checkpoint():
     assert sorted(scores["sample_id"].to_pylist()) == [4, 7]
 
 
+def test_a_function_is_refused_before_it_is_trained_with():
+    with pytest.raises(ValueError, match=r"must be an nn\.Module .* not <function cross_entropy"):
+        WeightedTask(torch.nn.Linear(3, 4), torch.nn.functional.cross_entropy)
+
+
 def test_a_checkpoint_of_another_task_is_refused():
     task = new_task()
     with pytest.raises(ValueError, match="not of a WeightedTask"):

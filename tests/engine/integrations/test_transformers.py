@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import mentorch
 from mentorch.engine.integrations.transformers import FILE, TrainerLoss
@@ -17,7 +18,10 @@ def new_loss(**options):
 
 
 def arguments(folder):
-    return SimpleNamespace(output_dir=str(folder), device=torch.device("cpu"), should_save=True)
+    return SimpleNamespace(
+        output_dir=str(folder), device=torch.device("cpu"), should_save=True, n_gpu=0,
+        auto_find_batch_size=False,
+    )  # fmt: skip
 
 
 def state(step=0, loss=1.0, search=False):
@@ -96,6 +100,73 @@ def test_a_rank_that_does_not_save_writes_nothing(tmp_path):
     args.should_save = False
     new_loss().on_save(args, state(3), None)
     assert not list(tmp_path.iterdir())
+
+
+def test_it_trains_once_but_may_go_on_from_a_checkpoint(tmp_path):
+    saved(tmp_path, 2)
+    loss = begin(new_loss(), tmp_path, state())
+    loss(*batch())
+    with pytest.raises(ValueError, match="has trained before"):
+        begin(loss, tmp_path, state())
+    begin(loss, tmp_path, state(2))
+    assert loss.criterion.step == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"auto_find_batch_size": True}, "set it to False and give per_device_train_batch_size"),
+        ({"n_gpu": 2}, "has 2 GPUs .* torchrun --nproc-per-node 2"),
+    ],
+)
+def test_a_trainer_that_would_repeat_or_split_steps_is_refused(option, message, tmp_path):
+    args = SimpleNamespace(**{**vars(arguments(tmp_path)), **option})
+    with pytest.raises(ValueError, match=message):
+        new_loss().on_train_begin(args, state(), None, model=torch.nn.Linear(1, 1))
+
+
+TINY = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9, n_positions=4, pad_token_id=0)
+
+
+class Renamed(GPT2LMHeadModel):
+    """As users derive one."""
+
+
+class Wrapped(torch.nn.Module):
+    """As PEFT wraps one."""
+
+    def get_base_model(self):
+        return GPT2LMHeadModel(TINY)
+
+
+class Describer(torch.nn.Module):
+    """Images and text to text: LLaVA has no encoder, T5 has one, and is given shifted inputs."""
+
+    loss_type = "ForConditionalGeneration"
+
+    def __init__(self, has_encoder):
+        super().__init__()
+        self.config = SimpleNamespace(is_encoder_decoder=has_encoder)
+
+
+@pytest.mark.parametrize(
+    ("model", "refused"),
+    [
+        (GPT2LMHeadModel(TINY), "GPT2LMHeadModel"),
+        (Renamed(TINY), "Renamed"),
+        (Wrapped(), "Wrapped"),
+        (Describer(has_encoder=False), "Describer"),
+        (Describer(has_encoder=True), None),
+        (GPT2ForSequenceClassification(TINY), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_model_that_shifts_its_labels_is_refused(model, refused, tmp_path):
+    if refused is None:
+        new_loss().on_train_begin(arguments(tmp_path), state(), None, model=model)
+        return
+    with pytest.raises(ValueError, match=f"{refused} predicts the next token.* your own compute_l"):
+        new_loss().on_train_begin(arguments(tmp_path), state(), None, model=model)
 
 
 def test_what_is_refused(tmp_path):

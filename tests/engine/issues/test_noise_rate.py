@@ -47,6 +47,18 @@ def test_the_transition_is_found():
     np.testing.assert_allclose(found.prior, 1 / 3, atol=0.02)
 
 
+def test_labels_of_rare_classes_are_wrong_more_often():
+    """They came from frequent ones: half of what is labelled with a class of a twentieth is not."""
+    prior = np.array([0.95, 0.05])
+    probabilities, given, clean = made_up(40_000, np.array([[0.95, 0.05], [0, 1]]), prior, 0.0)
+    found = estimate_noise(probabilities, given).right_by_label
+    wanted = [(clean == given)[given == y].mean() for y in range(2)]
+    np.testing.assert_allclose(found, wanted, atol=0.05)
+    assert wanted[1] < 0.55
+    nobody = estimate_noise(np.tile([0.9, 0.1, 0.0], (30, 1)), np.array([0, 1, 0] * 10))
+    assert nobody.right_by_label[2] == 1
+
+
 def test_a_class_that_nobody_predicts_is_taken_to_be_right():
     probabilities = np.tile([0.9, 0.1, 0.0], (30, 1))
     found = estimate_noise(probabilities, np.array([0, 1, 0] * 10))
