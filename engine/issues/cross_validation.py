@@ -32,7 +32,7 @@ from mentorch.engine.criteria import create_criterion
 from mentorch.engine.data.memory import Augment, MemoryLoader, channel_statistics
 from mentorch.engine.data.pipelines import Normalise
 from mentorch.engine.distributed import World
-from mentorch.engine.issues.noise_rate import estimate_noise
+from mentorch.engine.issues.noise_rate import estimate_noise, right_by_label
 from mentorch.engine.ledger import Columns, Ledger
 from mentorch.engine.reweight import Reweight
 from mentorch.engine.spade import Spade
@@ -40,6 +40,7 @@ from mentorch.engine.student import create_student, forward
 
 _JUDGED_AT_ONCE = 512  # samples
 _PERCENTILES = 0.05, 0.98  # what an estimate may set: a curriculum of nothing learns nothing
+_UNEQUAL = 3  # times the samples of the smallest class: each class gets a percentile of its own
 _UNITS = 256  # of the hidden layer over features
 _EPOCHS, _STEPS = 16, 500  # at least, where the caller does not say
 
@@ -300,6 +301,7 @@ class _Fold:
         held_out: NDArray[np.int64],
     ) -> None:
         self.samples, self.labels, self.recipe, self.held_out = samples, labels, recipe, held_out
+        self.num_classes = num_classes
         world = World(device=labels.device)
         self.loader = MemoryLoader(
             samples, train, batch_size=config.train.batch_size, train=True, seed=recipe.seed,
@@ -358,13 +360,21 @@ class _Fold:
         if not isinstance(criterion, Reweight) or self.recipe.curriculum == "uniform":
             return  # p decides nothing
         if self.recipe.noise_rate is None:
-            noise = estimate_noise(probabilities, given)
+            rate = estimate_noise(probabilities, given).rate
             # Steps run eagerly here; one captured in a graph would go on with the old number.
-            criterion.loss_percentile = float(np.clip(1 - noise.rate, *_PERCENTILES))
-            if self.recipe.percentile_of == "class":
-                right = torch.from_numpy(noise.right_by_label).clamp(*_PERCENTILES)
-                criterion.set_class_percentiles(right)
+            criterion.loss_percentile = float(np.clip(1 - rate, *_PERCENTILES))
         found.percentiles.append(criterion.loss_percentile)
+        if self.recipe.percentile_of == "class":
+            criterion.set_class_percentiles(self._by_class(criterion.loss_percentile))
+
+    def _by_class(self, percentile: float) -> Tensor:
+        """p of every class, [C]: the same where they are about equally large."""
+        labels = self.labels.cpu().numpy()
+        counts = np.bincount(labels, minlength=self.num_classes)
+        if counts.max() <= _UNEQUAL * counts[counts > 0].min():
+            return torch.full((self.num_classes,), percentile, dtype=torch.float64)
+        right = right_by_label(1 - percentile, labels, self.num_classes)
+        return torch.from_numpy(right).clamp(*_PERCENTILES)
 
     @torch.no_grad()
     def predict(self) -> NDArray[np.float32]:

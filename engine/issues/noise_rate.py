@@ -43,16 +43,6 @@ class NoiseEstimate:
     samples: int
 
     @property
-    def right_by_label(self) -> NDArray[np.float64]:
-        """[C], of the samples labelled y the share whose label is right; 1 where none is expected.
-
-        Bayes: P(y) T[y, y] / Σ_k P(k) T[k, y].
-        """
-        right = self.prior * np.diag(self.transition)
-        given = self.prior @ self.transition
-        return np.divide(right, given, out=np.ones_like(right), where=given > 0)
-
-    @property
     def is_upper_bound(self) -> bool:
         """Whether classes are too small to count on clear samples alone.
 
@@ -107,3 +97,23 @@ def estimate_noise(
     prior = np.bincount(predicted, minlength=classes) / len(predicted)
     rate = float(np.clip(1 - prior @ np.diag(transition), 0.0, 1.0))
     return NoiseEstimate(rate, transition, prior, anchors, len(labels))
+
+
+def right_by_label(rate: float, labels: NDArray[np.integer], classes: int) -> NDArray[np.float64]:
+    """Of the samples with a label, the share whose label is right, [C].
+
+        1 − rate / (C · P(y)),  P(y): share of the labels that is y
+
+    Wrong labels are taken to go to all classes alike, so that a rare class, to which as many come
+    as to a frequent one, has more of them. One number is estimated, not one a class: those of a
+    fold's few samples of a rare class are too uncertain (docs/finding_issues.md).
+
+    Args:
+        rate: share of all labels that is wrong.
+        labels: [N] in [0, C), the given ones.
+        classes: C.
+    """
+    share = np.bincount(labels, minlength=classes) / len(labels)
+    wrong = np.divide(rate, classes * share, out=np.zeros(classes), where=share > 0)
+    right: NDArray[np.float64] = np.clip(1 - wrong, 0.0, 1.0)
+    return right
