@@ -153,7 +153,6 @@ def run(case: Case) -> dict[str, Any]:
                 for share in (0.05, 0.1, 0.2, 0.5)
                 for name, p in (("early", found.judgement.early), ("mean", mean), ("last", last))
             },
-            "find_label_issues": found.noise.rate,
             "standard error": found.noise.standard_error,
             "cleanlab, mean": cleanlabs_rate(mean, given),
             "cleanlab, last": cleanlabs_rate(last, given),
@@ -229,7 +228,7 @@ def rates(found: list[dict[str, Any]]) -> list[str]:
         ours = chosen(found, **about, curriculum="self_paced", percentile_of="class")
         peer = chosen(found, **about, curriculum="uniform")
         columns = [over_seeds([100 * run["wrong"] for run in ours], 1)]
-        for runs, key in ((ours, "find_label_issues"), (peer, "cleanlab, last")):
+        for runs, key in ((ours, "anchors 0.1, mean"), (peer, "cleanlab, last")):
             estimates = [100 * run["rate"][key] for run in runs]
             errors = [100 * (run["rate"][key] - run["wrong"]) for run in runs]
             columns += [over_seeds(estimates, 1) or "–", over_seeds(errors, 1) or "–"]

@@ -106,8 +106,8 @@ class Judgement:
 
     Attributes:
         probabilities: [N, C] float32, mean over the epochs.
-        early: [N, C] float32, mean over the epochs of the burn-in: what students think before they
-            are sure of everything, by which `estimate_noise` finds clear samples.
+        early: [N, C] float32, mean over the epochs of the burn-in, by which the percentile of the
+            curriculum is set.
         last: [N, C] float32, of the last epoch alone.
         forgetting: [N] how often the label was predicted after an epoch and not after the next.
         loss_var: [N] float32, variance of the loss over the epochs, nats².

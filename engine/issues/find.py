@@ -177,7 +177,7 @@ def find_label_issues(
         Path(out).mkdir(parents=True, exist_ok=True)
     make_student = None if isinstance(student, str) else student
     judgement = _judge(opened, recipe, where, bar, make_student)
-    noise = estimate_noise(judgement.early, opened.named.given)
+    noise = estimate_noise(judgement.probabilities, opened.named.given)
     scores = score_samples(_columns(judgement, opened.named.given), opened.named)
     seconds = time.monotonic() - started
     name = recipe.student
