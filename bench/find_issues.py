@@ -151,7 +151,7 @@ def run(case: Case) -> dict[str, Any]:
             **{
                 f"anchors {share:g}, {name}": estimate_noise(p, given, share).rate
                 for share in (0.05, 0.1, 0.2, 0.5)
-                for name, p in (("early", found.judgement.early), ("mean", mean), ("last", last))
+                for name, p in (("mean", mean), ("last", last))
             },
             "standard error": found.noise.standard_error,
             "cleanlab, mean": cleanlabs_rate(mean, given),

@@ -106,8 +106,6 @@ class Judgement:
 
     Attributes:
         probabilities: [N, C] float32, mean over the epochs.
-        early: [N, C] float32, mean over the epochs of the burn-in, by which the percentile of the
-            curriculum is set.
         last: [N, C] float32, of the last epoch alone.
         forgetting: [N] how often the label was predicted after an epoch and not after the next.
         loss_var: [N] float32, variance of the loss over the epochs, nats².
@@ -120,7 +118,6 @@ class Judgement:
     """
 
     probabilities: NDArray[np.float32]
-    early: NDArray[np.float32]
     last: NDArray[np.float32]
     forgetting: NDArray[np.int64]
     loss_var: NDArray[np.float32]
@@ -274,7 +271,6 @@ def _finite(columns: Columns, name: str) -> NDArray[np.float32]:
 def _nothing(n: int, classes: int, epochs: int) -> Judgement:
     return Judgement(
         probabilities=np.zeros((n, classes), np.float32),
-        early=np.zeros((n, classes), np.float32),
         last=np.zeros((n, classes), np.float32),
         forgetting=np.zeros(n, np.int64),
         loss_var=np.zeros(n, np.float32),
@@ -344,8 +340,7 @@ class _Fold:
             was_right = right
             agreement.append(float(right.mean()))
             if epoch == max(1, int(recipe.burn_in * recipe.epochs)):
-                found.early[rows] = found.probabilities[rows] / epoch
-                self._set_percentile(found, found.early[rows], given)
+                self._set_percentile(found, found.probabilities[rows] / epoch, given)
         found.last[rows] = now
         found.probabilities[rows] /= recipe.epochs
         mean, square = losses / recipe.epochs
@@ -353,7 +348,7 @@ class _Fold:
         found.agreement.append(agreement)
 
     def _set_percentile(
-        self, found: Judgement, probabilities: NDArray[np.float32], given: NDArray[np.int64]
+        self, found: Judgement, probabilities: NDArray[np.floating], given: NDArray[np.int64]
     ) -> None:
         """At the end of the burn-in: ℓ_pt keeps the share of labels that is right."""
         criterion = self.spade.criterion
