@@ -102,18 +102,26 @@ def estimate_noise(
 def right_by_label(rate: float, labels: NDArray[np.integer], classes: int) -> NDArray[np.float64]:
     """Of the samples with a label, the share whose label is right, [C].
 
-        1 − rate / (C · P(y)),  P(y): share of the labels that is y
+    Wrong labels are taken to go to all other classes alike. With P(y) the share of class y and s(y)
+    that of label y, of K classes that there are:
 
-    Wrong labels are taken to go to all classes alike, so that a rare class, to which as many come
-    as to a frequent one, has more of them. One number is estimated, not one a class: those of a
-    fold's few samples of a rare class are too uncertain (docs/finding_issues.md).
+        s(y) = P(y) (1 − rate) + (1 − P(y)) rate / (K − 1)
+        right = P(y) (1 − rate) / s(y)
+
+    So a rare class, to which as many wrong labels come as to a frequent one, has more of them. One
+    number is estimated, not one a class: those of a fold's few samples of a rare class are too
+    uncertain (docs/finding_issues.md).
 
     Args:
         rate: share of all labels that is wrong.
         labels: [N] in [0, C), the given ones.
         classes: C.
     """
-    share = np.bincount(labels, minlength=classes) / len(labels)
-    wrong = np.divide(rate, classes * share, out=np.zeros(classes), where=share > 0)
-    right: NDArray[np.float64] = np.clip(1 - wrong, 0.0, 1.0)
-    return right
+    given = np.bincount(labels, minlength=classes) / len(labels)
+    others = max(1, int((given > 0).sum()) - 1)
+    moved = rate / others
+    left = 1 - rate - moved
+    clean = np.clip((given - moved) / left, 0.0, 1.0) if left > 0 else given
+    right = np.divide(clean * (1 - rate), given, out=np.ones(classes), where=given > 0)
+    clipped: NDArray[np.float64] = np.clip(right, 0.0, 1.0)
+    return clipped

@@ -247,8 +247,14 @@ def test_the_pages_diff_has_three_lines_and_they_are_in_the_example(host):
         assert line in lines, line
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", HOSTS)
+# The others take minutes together; their code runs above, for fewer epochs.
+AS_STARTED = [
+    pytest.param(name, marks=pytest.mark.slow if name == "plain_torch" else pytest.mark.soak)
+    for name in HOSTS
+]
+
+
+@pytest.mark.parametrize("name", AS_STARTED)
 def test_an_example_as_a_user_starts_it(name):
     found = run_example(name)
     plain, ours = map(float, re.findall(r": (0\.\d+) right", found))

@@ -129,7 +129,7 @@ def test_the_curriculums_percentile_is_the_estimated_share_of_right_labels(judge
 def test_every_class_has_the_percentile_of_its_labels(monkeypatch):
     """Class 1 has a tenth of the samples; half of what is labelled with it is wrong."""
     features, _, clean = blobs(n=600, classes=2, rate=0.0)
-    keep = (clean == 0) | (np.arange(600) % 10 == 1)
+    keep = (clean == 0) | (np.arange(600) % 20 == 1)
     features, clean = features[keep], clean[keep]
     given = clean.copy()
     given[np.flatnonzero(clean == 0)[::10]] = 1
@@ -139,8 +139,8 @@ def test_every_class_has_the_percentile_of_its_labels(monkeypatch):
     judge(torch.from_numpy(features), torch.from_numpy(given), 2, recipe, CPU)
     found = torch.stack(asked).mean(0)
     wanted = [(clean == given)[given == y].mean() for y in range(2)]
-    # Wrong labels are taken to go to both classes alike; here all go to class 1.
-    np.testing.assert_allclose(found, np.minimum(wanted, 0.98), atol=0.25)
+    # Of two classes each is all others; the rate is counted on few samples.
+    np.testing.assert_allclose(found, np.minimum(wanted, 0.98), atol=0.15)
     assert found[1] < 0.8 < 0.9 < found[0]
 
 
