@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from mentorch.engine.issues.cross_validation import Recipe
 from mentorch.engine.issues.find import IMAGE_SIZE, PAGE, LabelIssues, find_label_issues
+from mentorch.engine.issues.recipe import Recipe
 
 _SHOWN = 10
 _RECIPE = Recipe()

@@ -9,10 +9,9 @@ labels are wrong (`estimate_noise`), and the percentile of its curriculum is set
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,84 +19,28 @@ from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedKFold
 from torch import Tensor, nn
 
-from mentorch.engine.config import (
-    CurriculumConfig,
-    OptimConfig,
-    Precision,
-    RunConfig,
-    StudentConfig,
-    TrainConfig,
-)
+from mentorch.engine.config import RunConfig
 from mentorch.engine.criteria import create_criterion
-from mentorch.engine.data.memory import Augment, MemoryLoader, channel_statistics
-from mentorch.engine.data.pipelines import Normalise
+from mentorch.engine.data.memory import Augment, MemoryLoader
 from mentorch.engine.distributed import World
 from mentorch.engine.issues.noise_rate import estimate_noise, right_by_label
+from mentorch.engine.issues.recipe import (
+    PERCENTILES,
+    MakeStudent,
+    Recipe,
+    check_student,
+    config_of,
+    new_student,
+    normalisation,
+    with_epochs,
+)
 from mentorch.engine.ledger import Columns, Ledger
 from mentorch.engine.reweight import Reweight
 from mentorch.engine.spade import Spade
-from mentorch.engine.student import create_student, forward
+from mentorch.engine.student import forward
 
 _JUDGED_AT_ONCE = 512  # samples
-_PERCENTILES = 0.05, 0.98  # what an estimate may set: a curriculum of nothing learns nothing
 _UNEQUAL = 3  # times the samples of the smallest class: each class gets a percentile of its own
-_UNITS = 256  # of the hidden layer over features
-_EPOCHS, _STEPS = 16, 500  # at least, where the caller does not say
-
-MakeStudent = Callable[[int], nn.Module]
-"""From the number of classes to a student with fresh weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How the students that judge labels are trained."""
-
-    student: str = "auto"
-    """A model of timm's or ours; "auto": a small convolutional network for images, one hidden layer
-    for features."""
-    weights: Path | None = None
-    """File of weights that the student starts from (safetensors, or a state dict)."""
-    folds: int = 5
-    """Parts of the data; a student is trained for each, on all others."""
-    epochs: int = 0
-    """Passes of each student over its samples; 0: 16, or more where those would be fewer than 500
-    steps."""
-    batch_size: int = 128
-    """Samples a step; fewer where a student has fewer."""
-    lr: float = 0.05
-    """First learning rate; it falls to 0 along a cosine."""
-    weight_decay: float = 1e-4
-    """Of the students' weights."""
-    pad: int = 0
-    """Training images are shifted at random by up to so many pixels."""
-    mirror: bool = False
-    """Training images are mirrored at random."""
-    curriculum: str = "self_paced"
-    """Curriculum that the students are trained under; "uniform": none."""
-    noise_rate: float | None = None
-    """Share of labels that is wrong; None: estimated when the burn-in ends."""
-    percentile_of: Literal["batch", "class"] = "class"
-    """The curriculum compares a loss with those of its class, or of its batch. By batch a class
-    that is behind for a while may be dropped as a whole, and is then never learnt."""
-    burn_in: float = 0.2
-    """Share of training before the curriculum sets in."""
-    precision: Precision = "auto"
-    """Of the students."""
-    seed: int = 0
-    """Of folds, students and order."""
-
-    def __post_init__(self) -> None:
-        if self.folds < 2:
-            raise ValueError(
-                f"folds is {self.folds}; two or more are needed to judge out of sample"
-            )
-        if self.epochs < 0 or self.batch_size < 2:  # a batch norm cannot do with one
-            raise ValueError(
-                "epochs must be at least 0 and batch_size 2, got "
-                f"{self.epochs} and {self.batch_size}"
-            )
-        if self.noise_rate is not None and not 0.0 <= self.noise_rate < 1.0:
-            raise ValueError(f"noise_rate is a share in [0, 1), got {self.noise_rate}")
 
 
 @dataclass(eq=False)
@@ -127,31 +70,6 @@ class Judgement:
     epochs: int
     percentiles: list[float] = field(default_factory=list)
     agreement: list[list[float]] = field(default_factory=list)
-
-
-def with_epochs(recipe: Recipe, samples: int) -> Recipe:
-    """The recipe with a number of epochs.
-
-    Args:
-        recipe: perhaps without.
-        samples: of all folds together.
-    """
-    if recipe.epochs:
-        return recipe
-    trained = samples * (recipe.folds - 1) // recipe.folds
-    steps_per_epoch = max(1, trained // recipe.batch_size)
-    return replace(recipe, epochs=max(_EPOCHS, -(-_STEPS // steps_per_epoch)))
-
-
-def steps_of(recipe: Recipe, samples: int) -> int:
-    """About how many training steps all students take together.
-
-    Args:
-        recipe: with a number of epochs.
-        samples: of all folds together.
-    """
-    trained = samples - samples // recipe.folds
-    return recipe.folds * recipe.epochs * max(1, trained // recipe.batch_size)
 
 
 def fold_ids(labels: NDArray[np.int64], folds: int, seed: int) -> Iterator[tuple[Any, Any]]:
@@ -206,16 +124,16 @@ def judge(
     given = labels.cpu().numpy()
     found = _nothing(len(labels), num_classes, recipe.epochs)
     times = np.zeros(len(labels), np.float32)
-    normalise = _normalise(samples).to(device)
+    normalise = normalisation(samples).to(device)
     students: list[nn.Module] = []
     for number, (train, held_out) in enumerate(fold_ids(given, recipe.folds, recipe.seed), 1):
         about = f"fold {number} of {recipe.folds}"
-        config = _config(recipe, len(train))
+        config = config_of(recipe, len(train))
         torch.manual_seed(recipe.seed)
         student = (
             make_student(num_classes).to(device)
             if make_student
-            else _student(recipe, config.student, num_classes, samples, device)
+            else new_student(recipe, config.student, num_classes, samples, device)
         )
         if any(student is other for other in students):
             raise ValueError(
@@ -223,7 +141,7 @@ def judge(
                 "trained on what it judges"
             )
         students.append(student)
-        _check_student(student, normalise, samples[:2].to(device), num_classes)
+        check_student(student, normalise, samples[:2].to(device), num_classes)
         fold = _Fold(
             samples, labels, config, recipe, num_classes, student, normalise, train, held_out
         )
@@ -236,32 +154,6 @@ def judge(
     for column in (found.weight, found.weight_mean, found.weight_var):
         column /= np.maximum(times, 1)
     return found
-
-
-@torch.no_grad()
-def _check_student(
-    student: nn.Module, normalise: nn.Module, two_samples: Tensor, num_classes: int
-) -> None:
-    """Refuses a student that cannot take samples like these, before it is trained.
-
-    Raises:
-        ValueError: what it said, or logits of another shape.
-    """
-    was_training = student.training
-    student.eval()
-    try:
-        shape = list(student(normalise(two_samples)).shape)
-    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"the student cannot take samples of {list(two_samples.shape[1:])}: {error}. Give "
-            "another student, or images of another size"
-        ) from error
-    student.train(was_training)
-    if shape != [2, num_classes]:
-        raise ValueError(
-            f"the student gives {shape} for two samples, not logits [2, {num_classes}]: make it "
-            "for the number of classes that it is asked for"
-        )
 
 
 def _finite(columns: Columns, name: str) -> NDArray[np.float32]:
@@ -357,7 +249,7 @@ class _Fold:
         if self.recipe.noise_rate is None:
             rate = estimate_noise(probabilities, given).rate
             # Steps run eagerly here; one captured in a graph would go on with the old number.
-            criterion.loss_percentile = float(np.clip(1 - rate, *_PERCENTILES))
+            criterion.loss_percentile = float(np.clip(1 - rate, *PERCENTILES))
         found.percentiles.append(criterion.loss_percentile)
         if self.recipe.percentile_of == "class":
             criterion.set_class_percentiles(self._by_class(criterion.loss_percentile))
@@ -369,7 +261,7 @@ class _Fold:
         if counts.max() <= _UNEQUAL * counts[counts > 0].min():
             return torch.full((self.num_classes,), percentile, dtype=torch.float64)
         right = right_by_label(1 - percentile, labels, self.num_classes)
-        return torch.from_numpy(right).clamp(*_PERCENTILES)
+        return torch.from_numpy(right).clamp(*PERCENTILES)
 
     @torch.no_grad()
     def predict(self) -> NDArray[np.float32]:
@@ -385,57 +277,3 @@ class _Fold:
             out.append(logits.float().softmax(1).cpu())
         student.train(was_training)
         return torch.cat(out).numpy()
-
-
-def _config(recipe: Recipe, samples: int) -> RunConfig:
-    known = recipe.noise_rate if recipe.noise_rate is not None else 0.25
-    curriculum = CurriculumConfig(
-        name=recipe.curriculum,
-        loss_percentile=float(np.clip(1 - known, *_PERCENTILES)),
-        percentile_of=recipe.percentile_of,
-        burn_in=0.0 if recipe.curriculum == "uniform" else recipe.burn_in,
-    )
-    name = "small_cnn" if recipe.student == "auto" else recipe.student
-    return RunConfig(
-        seed=recipe.seed,
-        student=StudentConfig(name=name, drop_rate=0.0, weights=recipe.weights),
-        curriculum=curriculum,
-        optim=OptimConfig(
-            lr=recipe.lr, weight_decay=recipe.weight_decay, warmup_epochs=0, schedule="cosine"
-        ),
-        train=TrainConfig(
-            epochs=recipe.epochs,
-            batch_size=min(recipe.batch_size, samples),
-            precision=recipe.precision,
-        ),
-    )
-
-
-def _student(
-    recipe: Recipe, config: StudentConfig, num_classes: int, samples: Tensor, device: torch.device
-) -> nn.Module:
-    if samples.ndim == 2:
-        if recipe.student != "auto":
-            raise ValueError(
-                f"{recipe.student} takes images, and these are features of {samples.shape[1]} "
-                'numbers: take "auto", or from Python a function that makes a module for them'
-            )
-        width = samples.shape[1]
-        layers = (
-            nn.BatchNorm1d(width, affine=False),
-            nn.Linear(width, _UNITS),
-            nn.ReLU(),
-            nn.Linear(_UNITS, num_classes),
-        )
-        return nn.Sequential(*layers).to(device)
-    height, width, channels = samples.shape[1:]
-    if height != width:
-        config = replace(config, name="cifar_resnet20") if recipe.student == "auto" else config
-    return create_student(config, num_classes, device, in_chans=channels, img_size=height)
-
-
-def _normalise(samples: Tensor) -> nn.Module:
-    if samples.ndim == 2:
-        return nn.Identity()
-    means, stds = channel_statistics(samples)
-    return Normalise(means, tuple(max(s, 1e-3) for s in stds))  # a channel may be constant

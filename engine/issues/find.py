@@ -16,15 +16,9 @@ from torch import Tensor, nn
 
 from mentorch.engine.curricula import resolve_curriculum
 from mentorch.engine.data.index import replacing
-from mentorch.engine.issues.cross_validation import (
-    Judgement,
-    MakeStudent,
-    Recipe,
-    judge,
-    steps_of,
-    with_epochs,
-)
+from mentorch.engine.issues.cross_validation import Judgement, judge
 from mentorch.engine.issues.noise_rate import NoiseEstimate, estimate_noise
+from mentorch.engine.issues.recipe import MakeStudent, Recipe, steps_of, with_epochs
 from mentorch.engine.issues.samples import Samples, from_arrays, from_dataset, from_folder
 from mentorch.engine.report.scores import score_samples, write_scores
 
@@ -127,7 +121,7 @@ def find_label_issues(
 
     Args:
         samples: images [N, H, W] or [N, H, W, channels] uint8, or features [N, D] (embeddings of a
-            pretrained model find most); or a data set of PyTorch's kind; or the path of a folder of
+            pretrained model); or a data set of PyTorch's kind; or the path of a folder of
             class folders, of another data set that training takes, or of an index.
         labels: [N] integers from 0; for arrays only.
         class_names: by label.

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from mentorch.engine.issues.cross_validation import Recipe, fold_ids, judge, with_epochs
+from mentorch.engine.issues.cross_validation import fold_ids, judge
+from mentorch.engine.issues.recipe import Recipe, with_epochs
 from mentorch.engine.reweight import Reweight
 
 from .blobs import blobs

@@ -16,7 +16,7 @@ from torch import nn
 import mentorch
 from mentorch.engine import cli
 from mentorch.engine.issues import command, find
-from mentorch.engine.issues.cross_validation import Recipe
+from mentorch.engine.issues.recipe import Recipe
 
 QUICK = {"epochs": 6, "batch_size": 32, "folds": 3, "progress": False}
 
