@@ -28,6 +28,7 @@ from sklearn.metrics import roc_auc_score
 
 import mentorch
 from mentorch.engine.data.images import load_images
+from mentorch.engine.data.index import replacing
 from mentorch.engine.data.noise import Noise
 from mentorch.engine.issues.noise_rate import estimate_noise
 from mentorch.engine.report.detection import precision_at
@@ -277,12 +278,16 @@ def main(
     missing = [case for case, file in files.items() if not file.is_file() and not table_only]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for case, one in zip(missing, pool.map(run, missing), strict=True):
-            files[case].write_text(json.dumps(one, indent=1))
+            with replacing(files[case]) as temporary:
+                temporary.write_text(json.dumps(one, indent=1))
             print(case.key, f"{one['seconds']:.0f} s", file=sys.stderr, flush=True)
     OUT.mkdir(parents=True, exist_ok=True)
     found = [json.loads(file.read_text()) for file in files.values() if file.is_file()]
+    if not found:
+        raise ValueError(f"{runs} has no run to make tables of; leave --table-only out")
+    tables = report(found)
     (OUT / "results.json").write_text(json.dumps(found) + "\n")
-    (OUT / "README.md").write_text(report(found), encoding="utf-8")
+    (OUT / "README.md").write_text(tables, encoding="utf-8")
 
 
 if __name__ == "__main__":

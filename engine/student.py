@@ -43,8 +43,7 @@ def create_student(
             of an option asked for; or weights that do not fit it, or that reading would run code
             for.
     """
-    if not timm.is_model(config.name):
-        raise ValueError(_unknown(config.name))
+    require_model(config.name)
     arguments = {"num_classes": num_classes, "drop_rate": config.drop_rate, "in_chans": in_chans}
     # timm's entrypoints hide img_size behind **kwargs, and most of its models reject it; ours that
     # depend on it name it.
@@ -80,9 +79,13 @@ def _checkpoint(student: nn.Module, name: str) -> None:
         ) from error
 
 
-def _unknown(name: str) -> str:
-    near = get_close_matches(name, STUDENTS) + timm.list_models(f"*{name.split('_')[0]}*")
-    return (
+def require_model(name: str) -> None:
+    """Raises ValueError with the nearest names if there is no such model, timm's or ours."""
+    if timm.is_model(name):
+        return
+    near = get_close_matches(name, [*STUDENTS, *timm.list_models()])
+    near += timm.list_models(f"*{name.split('_')[0]}*")
+    raise ValueError(
         f"there is no model {name!r}. Near it: {', '.join(dict.fromkeys(near[:8])) or 'nothing'}; "
         f"timm.list_models() lists timm's, and ours are {', '.join(STUDENTS)}"
     )

@@ -9,16 +9,24 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    # Autograd decides in its first backward pass whether it wants threads, and what is forked after
-    # that has no autograd. After a fake tensor (torch.compile) it would think that there is a GPU.
+
+def pytest_configure(config):
+    """A GPU is seen by `pytest -m gpu` alone, which runs just the tests that need one.
+
+    Autograd decides in its first backward pass whether it wants threads, as it does where there is
+    a GPU, and what is forked after that has no autograd: ranks of other tests could not train.
+    """
+    if "gpu" in config.option.markexpr.replace("not gpu", ""):
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Now: after a fake tensor (torch.compile) it would think that there is a GPU.
     torch.ones((), requires_grad=True).backward()
 
 
 def pytest_collection_modifyitems(items):
     """Slow tests come first, so that no worker waits at the end for another's long one.
 
-    Tests marked gpu are skipped where there is none; `pytest -m gpu` runs just them.
+    Tests marked gpu are skipped where there is none.
     """
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if torch.cuda.is_available():

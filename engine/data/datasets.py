@@ -124,6 +124,8 @@ def _index_of_shards(folder: Path) -> Index | None:
 def open_datasets(config: DataConfig, world: World) -> Datasets:
     """Opens everything a run needs; classes are those of the training samples.
 
+    A training set without a validation split (class folders alone) is not evaluated on itself.
+
     Raises:
         ValueError: no training set, an empty selection, or a validation set without a class in
             common.
@@ -135,10 +137,13 @@ def open_datasets(config: DataConfig, world: World) -> Datasets:
     classes = index.classes[: config.max_label]
     chosen = index.select("train", sources=config.sources or None, max_label=config.max_label)
     train = Samples(index, chosen, index.labels())
-    evaluate = {
-        name: _validation(name, open_index(path, world), classes)
-        for name, path in config.evaluate.items()
-    }
+    evaluate = {}
+    for name, path in config.evaluate.items():
+        if path == config.train and not index.has("val"):
+            if world.is_main:
+                print(f"{path} has no validation images: {name!r} is not evaluated")
+            continue
+        evaluate[name] = _validation(name, open_index(path, world), classes)
     return Datasets(classes, train, evaluate)
 
 
@@ -155,9 +160,22 @@ def with_noise(index: Index, config: DataConfig) -> Index:
     return add_noise(index, noise, "train", config.max_label)
 
 
-def bad_files(index: Index) -> list[tuple[str, str]]:
-    """Path and status of every image that is missing or broken, which nothing trains on."""
-    bad = index.table.filter(pc.not_equal(index.table["status"], "ok"))
+def bad_files(
+    index: Index, split: str | None = None, max_label: int | None = None
+) -> list[tuple[str, str]]:
+    """Path and status of every image that is missing or broken, which nothing trains on.
+
+    Args:
+        index: of all images.
+        split: of this one only.
+        max_label: only labels below this.
+    """
+    chosen = pc.not_equal(index.table["status"], "ok")
+    if split is not None:
+        chosen = pc.and_(chosen, pc.equal(index.table["split"], split))
+    if max_label is not None:
+        chosen = pc.and_(chosen, pc.less(index.table["label"], max_label))
+    bad = index.table.filter(chosen)
     return list(zip(bad["path"].to_pylist(), bad["status"].to_pylist(), strict=True))
 
 

@@ -167,6 +167,10 @@ class Index:
             )
         return ids
 
+    def has(self, split: str) -> bool:
+        """Whether any row, usable or not, is of a split."""
+        return bool(pc.any(pc.equal(self.table["split"], split)).as_py())
+
     def counts(self) -> Counter[tuple[str, str, str]]:
         """The number of rows by (split, source, status)."""
         keys = ["split", "source", "status"]

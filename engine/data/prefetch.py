@@ -15,8 +15,9 @@ def prefetched(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch
     has work. What is handed out is ready for the current stream.
 
     Args:
-        batches: of a loader. One more than was asked for is taken from it.
-        device: of the batches; on a CPU there is nothing to overlap.
+        batches: of a loader, on the device or the host. One more than was asked for is taken from
+            it.
+        device: of what comes out; on a CPU there is nothing to overlap.
     """
     if device.type != "cuda":
         for batch in batches:  # not `yield from`, which would close what is not ours to close
@@ -28,6 +29,8 @@ def prefetched(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch
     def begin() -> tuple[Batch | None, torch.cuda.Event]:
         with torch.cuda.stream(stream):
             batch = next(source, None)
+            if batch is not None:  # of a set in the host's memory
+                batch = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
             return batch, stream.record_event()
 
     ahead, ready = begin()

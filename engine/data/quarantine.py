@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mentorch.engine.files import whole_lines
+
 
 @dataclass(frozen=True)
 class Unusable:
@@ -46,7 +48,7 @@ class Quarantine:
         self.path, self._write = path, write
         self.found: dict[tuple[str, int], Unusable] = {}
         if path.is_file():
-            *lines, torn = path.read_text(encoding="utf-8").split("\n")
+            lines, torn = whole_lines(path)
             if torn and write:  # the run was killed while it wrote this line
                 path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
             self.found = {(u.set, u.sample_id): u for u in map(self._parse, lines)}

@@ -8,8 +8,8 @@ from tyro.conf import Positional
 
 from mentorch.engine.issues.find import IMAGE_SIZE, PAGE, LabelIssues, find_label_issues
 from mentorch.engine.issues.recipe import Recipe
+from mentorch.engine.report.scores import print_top
 
-_SHOWN = 10
 _RECIPE = Recipe()
 
 
@@ -31,19 +31,16 @@ def find_issues(
     Args:
         folder: class folders (FOLDER/CLASS/IMAGE), another data set that training takes, or an
             index.
-        out: folder of the results; by default issues-NAME-OF-THE-FOLDER here.
+        out: folder of the results; by default issues-NAME-OF-THE-FOLDER here, of the folder that an
+            index is in.
         image_size: side that images are brought to, pixels.
         max_label: only labels below this number.
         samples: how many of the most suspicious samples the page shows.
         device: where students are trained; auto: a GPU if there is one.
         recipe: how students are trained.
     """
-    if samples < 0:
-        raise ValueError(f"samples must be at least 0, got {samples}")
-    if image_size < 8:
-        raise ValueError(f"image_size is {image_size} pixels; give at least 8")
-    name = folder.resolve().name
-    out = out or Path(f"issues-{name.split('.')[0] if folder.is_file() else name}")
+    data = folder.resolve()
+    out = out or Path(f"issues-{(data.parent if data.is_file() else data).name}")
     found = find_label_issues(
         folder,
         image_size=image_size,
@@ -66,7 +63,4 @@ def _print(found: LabelIssues, out: Path) -> None:
     if found.samples.unusable:
         print(f"{len(found.samples.unusable):,} files could not be used: {out / 'settings.json'}")
     print(f"{out / 'sample_scores.parquet'}\n{out / PAGE}")
-    print(f"\n{'rank':>4}  {'suspicion':>9}  {'given':<20}  {'predicted':<20}  path")
-    for row in found.scores.slice(0, _SHOWN).to_pylist():
-        given, predicted = (f"{row[f'{w}_name'][:20]:<20}" for w in ("given", "predicted"))
-        print(f"{row['rank']:>4}  {row['suspicion']:>9.4f}  {given}  {predicted}  {row['path']}")
+    print_top(found.scores, "suspicion")

@@ -8,7 +8,8 @@ labels are wrong (`estimate_noise`), and the percentile of its curriculum is set
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,7 +33,6 @@ from mentorch.engine.issues.recipe import (
     config_of,
     new_student,
     normalisation,
-    with_epochs,
 )
 from mentorch.engine.ledger import Columns, Ledger
 from mentorch.engine.reweight import Reweight
@@ -40,6 +40,7 @@ from mentorch.engine.spade import Spade
 from mentorch.engine.student import forward
 
 _JUDGED_AT_ONCE = 512  # samples
+_FEW_STEPS = 20  # in which the loss scale of fp16 may still be too high
 _UNEQUAL = 3  # times the samples of the smallest class: each class gets a percentile of its own
 
 
@@ -72,24 +73,30 @@ class Judgement:
     agreement: list[list[float]] = field(default_factory=list)
 
 
-def fold_ids(labels: NDArray[np.int64], folds: int, seed: int) -> Iterator[tuple[Any, Any]]:
-    """Rows to train on and rows to judge, fold by fold; classes in equal shares.
+def check_classes(labels: NDArray[np.int64], class_names: Sequence[str], folds: int) -> None:
+    """Judging out of sample needs two classes, two samples of each, and one for every fold.
 
     Raises:
-        ValueError: fewer samples of a class than two, or fewer samples than folds.
+        ValueError: there are fewer.
     """
     counts = np.bincount(labels)
-    if len(labels) < folds or counts.max() < folds:
+    if (counts > 0).sum() < 2:
+        raise ValueError("there are samples of one class only: no label can be wrong")
+    single = [class_names[c] for c in np.flatnonzero(counts == 1)]
+    if single:
+        raise ValueError(
+            f"{len(single)} classes have a single sample, such as {', '.join(single[:5])}: no "
+            "student could know them when it judges that sample. Leave them out, or give more"
+        )
+    if counts.max() < folds:
         raise ValueError(
             f"{len(labels):,} samples, at most {counts.max()} of a class, are too few for {folds} "
             "folds: give fewer folds or more samples"
         )
-    rare = np.flatnonzero((counts > 0) & (counts < 2))
-    if len(rare):
-        raise ValueError(
-            f"class {rare[0]} has a single sample: no student could know the class when it judges "
-            "that sample. Leave the class out, or give more of it"
-        )
+
+
+def fold_ids(labels: NDArray[np.int64], folds: int, seed: int) -> Iterator[tuple[Any, Any]]:
+    """Rows to train on and rows to judge, fold by fold; classes in equal shares."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a class with fewer samples than folds
         splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
@@ -112,35 +119,31 @@ def judge(
             is to be fast.
         labels: [N] int64 in [0, C), the given ones.
         num_classes: C.
-        recipe: how.
+        recipe: how, with a number of epochs.
         device: where students are trained.
         on_step: called after every training step, with what is being done.
         make_student: makes them, in place of ``recipe.student``.
 
     Raises:
-        ValueError: too few samples, or a recipe that cannot be followed.
+        ValueError: a student that cannot judge such samples, or does not train.
     """
-    recipe = with_epochs(recipe, len(labels))
+    make = make_student or partial(new_student, recipe, samples, device)
     given = labels.cpu().numpy()
     found = _nothing(len(labels), num_classes, recipe.epochs)
     times = np.zeros(len(labels), np.float32)
     normalise = normalisation(samples).to(device)
-    students: list[nn.Module] = []
+    students = weakref.WeakSet[nn.Module]()
     for number, (train, held_out) in enumerate(fold_ids(given, recipe.folds, recipe.seed), 1):
         about = f"fold {number} of {recipe.folds}"
         config = config_of(recipe, len(train))
         torch.manual_seed(recipe.seed)
-        student = (
-            make_student(num_classes).to(device)
-            if make_student
-            else new_student(recipe, config.student, num_classes, samples, device)
-        )
-        if any(student is other for other in students):
+        student = make(num_classes).to(device)
+        if student in students:
             raise ValueError(
                 "student returned the same module twice; each fold needs a fresh one, that was not "
                 "trained on what it judges"
             )
-        students.append(student)
+        students.add(student)
         check_student(student, normalise, samples[:2].to(device), num_classes)
         fold = _Fold(
             samples, labels, config, recipe, num_classes, student, normalise, train, held_out
@@ -217,12 +220,20 @@ class _Fold:
         given = self.labels[torch.from_numpy(rows)].cpu().numpy()
         losses = np.zeros((2, len(rows)))  # sum and sum of squares
         was_right = np.zeros(len(rows), bool)
-        agreement = []
+        agreement, skipped = [], 0.0
         for step in self.spade.train(self.loader.batches(0, recipe.epochs)):
             on_step()
             epoch, rest = divmod(step, self.loader.steps_per_epoch)
             if rest:
                 continue
+            skipped += self.spade.metrics()["skipped"]
+            self.spade.guard.forget()
+            if skipped > step / 2 and (step >= _FEW_STEPS or epoch == recipe.epochs):
+                raise ValueError(
+                    f"a student does not train: {skipped:.0f} of its first {step} steps had "
+                    f"gradients that are not finite. Give a lower lr than {recipe.lr:g}, or "
+                    "precision fp32"
+                )
             now = self.predict()
             found.probabilities[rows] += now
             loss = -np.log(np.maximum(now[np.arange(len(rows)), given], 1e-30))
@@ -248,8 +259,9 @@ class _Fold:
             return  # p decides nothing
         if self.recipe.noise_rate is None:
             rate = estimate_noise(probabilities, given).rate
-            # Steps run eagerly here; one captured in a graph would go on with the old number.
-            criterion.loss_percentile = float(np.clip(1 - rate, *PERCENTILES))
+            # Steps run eagerly here; one captured in a graph would go on with the old number. Two
+            # digits, no less than is known: on a GPU every other number is another kernel.
+            criterion.loss_percentile = round(float(np.clip(1 - rate, *PERCENTILES)), 2)
         found.percentiles.append(criterion.loss_percentile)
         if self.recipe.percentile_of == "class":
             criterion.set_class_percentiles(self._by_class(criterion.loss_percentile))

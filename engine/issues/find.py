@@ -14,15 +14,22 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from mentorch.engine.curricula import resolve_curriculum
 from mentorch.engine.data.index import replacing
-from mentorch.engine.issues.cross_validation import Judgement, judge
+from mentorch.engine.issues.cross_validation import Judgement, check_classes, judge
 from mentorch.engine.issues.noise_rate import NoiseEstimate, estimate_noise
-from mentorch.engine.issues.recipe import MakeStudent, Recipe, steps_of, with_epochs
+from mentorch.engine.issues.recipe import (
+    MakeStudent,
+    Recipe,
+    check_recipe,
+    steps_of,
+    student_name,
+    with_epochs,
+)
 from mentorch.engine.issues.samples import Samples, from_arrays, from_dataset, from_folder
 from mentorch.engine.report.scores import score_samples, write_scores
 
 IMAGE_SIZE = 32
+_SMALLEST = 8  # images, pixels a side
 PAGE = "label_issues.html"
 Progress = Callable[[str], None]
 
@@ -71,12 +78,10 @@ class LabelIssues:
         from mentorch.engine.issues.page import render_issues  # matplotlib takes a second
 
         folder = Path(folder)
-        page = render_issues(self, samples, folder.resolve().name)
         folder.mkdir(parents=True, exist_ok=True)
         write_scores(self.scores, folder / "sample_scores.parquet")
-        for name, text in ((PAGE, page), ("settings.json", self._settings())):
-            with replacing(folder / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        _write(folder / "settings.json", self._settings())
+        _write(folder / PAGE, render_issues(self, samples, folder.resolve().name))
         return folder / PAGE
 
     def _settings(self) -> str:
@@ -109,7 +114,7 @@ def find_label_issues(
     paths: Sequence[str] | None = None,
     image_size: int = IMAGE_SIZE,
     max_label: int | None = None,
-    student: str | MakeStudent = "",
+    student: str | MakeStudent | None = None,
     recipe: Recipe | None = None,
     device: torch.device | str | None = None,
     out: str | Path | None = None,
@@ -156,27 +161,25 @@ def find_label_issues(
             "student is a module: give a function from the number of classes to a fresh one, since "
             "every fold needs its own"
         )
-    if student and isinstance(student, str):
+    make_student = None if isinstance(student, str) else student
+    if isinstance(student, str):
         options["student"] = student
     recipe = replace(recipe or Recipe(), **_known(options))
     where = _device(device)
-    resolve_curriculum(recipe.curriculum)  # before anything is read
+    _check(recipe, make_student, image_size, samples_shown)
     bar = _Bar(progress)
     opened = _open(
         samples, labels, class_names, clean_labels, paths, image_size, max_label, bar.say
     )
     recipe = with_epochs(recipe, len(opened.values))
-    _check_classes(opened)
+    check_classes(opened.named.given, opened.named.class_names, recipe.folds)
+    name = _qualname(make_student) if make_student else student_name(recipe, opened.values)
     if out is not None:  # now, not after hours of training
         Path(out).mkdir(parents=True, exist_ok=True)
-    make_student = None if isinstance(student, str) else student
     judgement = _judge(opened, recipe, where, bar, make_student)
     noise = estimate_noise(judgement.probabilities, opened.named.given)
     scores = score_samples(_columns(judgement, opened.named.given), opened.named)
     seconds = time.monotonic() - started
-    name = recipe.student
-    if make_student:
-        name = getattr(make_student, "__qualname__", type(make_student).__qualname__)
     found = LabelIssues(
         scores, noise, judgement.probabilities, judgement, opened, recipe, name, seconds
     )
@@ -200,17 +203,26 @@ def _device(device: torch.device | str | None) -> torch.device:
     return found
 
 
-def _check_classes(opened: Samples) -> None:
-    """Judging needs two classes, and two samples of each."""
-    counts = np.bincount(opened.named.given)
-    if (counts > 0).sum() < 2:
-        raise ValueError("there are samples of one class only: no label can be wrong")
-    single = [opened.named.class_names[c] for c in np.flatnonzero(counts == 1)]
-    if single:
-        raise ValueError(
-            f"{len(single)} classes have a single sample, such as {', '.join(single[:5])}: no "
-            "student could know them when it judges that sample. Leave them out, or give more"
-        )
+def _check(
+    recipe: Recipe, make_student: MakeStudent | None, image_size: int, samples_shown: int
+) -> None:
+    """Before anything is read, which may take long."""
+    if make_student and recipe.weights:
+        raise ValueError("weights are for students by name; load them in the function instead")
+    check_recipe(recipe)
+    if image_size < _SMALLEST:
+        raise ValueError(f"image_size is {image_size} pixels; give at least {_SMALLEST}")
+    if samples_shown < 0:
+        raise ValueError(f"samples shown must be at least 0, got {samples_shown}")
+
+
+def _qualname(make_student: MakeStudent) -> str:
+    return str(getattr(make_student, "__qualname__", type(make_student).__qualname__))
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _open(
@@ -225,7 +237,8 @@ def _open(
 ) -> Samples:
     """From whatever a caller has to samples in memory."""
     if isinstance(samples, list | tuple) and labels is not None:
-        samples = np.asarray(samples)
+        tensors = all(isinstance(sample, Tensor) for sample in samples)
+        samples = torch.stack(list(samples)) if samples and tensors else np.asarray(samples)
     for_arrays = {"labels": labels, "clean_labels": clean_labels, "paths": paths}
     is_path = isinstance(samples, str | Path)
     if not _is_array(samples):
@@ -271,14 +284,17 @@ def _fits(values: Tensor, device: torch.device) -> bool:
     """Whether the samples leave half of a GPU's free memory for training."""
     if device.type != "cuda":
         return True
-    return values.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    # What this process has taken and does not use is free, too.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return values.nbytes < (torch.cuda.mem_get_info(device)[0] + unused) / 2
 
 
 def _columns(judgement: Judgement, given: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
     """As a ledger has them; loss and prediction are of students that did not see the sample."""
     rows = np.arange(len(given))
     probabilities = judgement.probabilities
-    predicted = probabilities.argmax(1)
+    known = np.isfinite(probabilities).all(1)
+    predicted = np.where(known, probabilities.argmax(1), -1)
     loss = -np.log(np.maximum(probabilities[rows, given], np.finfo(np.float32).tiny))
     return {
         "loss_mean": loss,

@@ -17,9 +17,10 @@ from mentorch.engine.config import (
     StudentConfig,
     TrainConfig,
 )
+from mentorch.engine.curricula import resolve_curriculum
 from mentorch.engine.data.memory import channel_statistics
 from mentorch.engine.data.pipelines import Normalise
-from mentorch.engine.student import create_student
+from mentorch.engine.student import create_student, read_weights, require_model
 
 PERCENTILES = 0.05, 0.98
 """What an estimate may set: a curriculum of nothing learns nothing."""
@@ -82,6 +83,21 @@ class Recipe:
             raise ValueError(f"noise_rate is a share in [0, 1), got {self.noise_rate}")
 
 
+def check_recipe(recipe: Recipe) -> None:
+    """Refuses what can be seen to be wrong before any sample is read.
+
+    Raises:
+        ValueError: no such student or curriculum, or an option out of its range.
+        FileNotFoundError: no such file of weights, or of a curriculum.
+    """
+    config_of(replace(recipe, epochs=recipe.epochs or 1), recipe.batch_size)
+    resolve_curriculum(recipe.curriculum)
+    if recipe.student != "auto":
+        require_model(recipe.student)
+    if recipe.weights:
+        read_weights(recipe.weights)
+
+
 def with_epochs(recipe: Recipe, samples: int) -> Recipe:
     """The recipe with a number of epochs.
 
@@ -91,9 +107,8 @@ def with_epochs(recipe: Recipe, samples: int) -> Recipe:
     """
     if recipe.epochs:
         return recipe
-    trained = samples * (recipe.folds - 1) // recipe.folds
-    steps_per_epoch = max(1, trained // recipe.batch_size)
-    return replace(recipe, epochs=max(_EPOCHS, -(-_STEPS // steps_per_epoch)))
+    epochs = max(_EPOCHS, -(-_STEPS // _steps_per_epoch(recipe, samples)))
+    return replace(recipe, epochs=epochs)
 
 
 def steps_of(recipe: Recipe, samples: int) -> int:
@@ -103,8 +118,12 @@ def steps_of(recipe: Recipe, samples: int) -> int:
         recipe: with a number of epochs.
         samples: of all folds together.
     """
-    trained = samples - samples // recipe.folds
-    return recipe.folds * recipe.epochs * max(1, trained // recipe.batch_size)
+    return recipe.folds * recipe.epochs * _steps_per_epoch(recipe, samples)
+
+
+def _steps_per_epoch(recipe: Recipe, samples: int) -> int:
+    trained = samples * (recipe.folds - 1) // recipe.folds
+    return max(1, trained // recipe.batch_size)
 
 
 def config_of(recipe: Recipe, samples: int) -> RunConfig:
@@ -116,10 +135,8 @@ def config_of(recipe: Recipe, samples: int) -> RunConfig:
         percentile_of=recipe.percentile_of,
         burn_in=0.0 if recipe.curriculum == "uniform" else recipe.burn_in,
     )
-    name = "small_cnn" if recipe.student == "auto" else recipe.student
     return RunConfig(
         seed=recipe.seed,
-        student=StudentConfig(name=name, drop_rate=0.0, weights=recipe.weights),
         curriculum=curriculum,
         optim=OptimConfig(
             lr=recipe.lr, weight_decay=recipe.weight_decay, warmup_epochs=0, schedule="cosine"
@@ -132,16 +149,32 @@ def config_of(recipe: Recipe, samples: int) -> RunConfig:
     )
 
 
+def student_name(recipe: Recipe, samples: Tensor) -> str:
+    """Which student judges samples like these; "auto" says it is up to them.
+
+    Raises:
+        ValueError: a student of images, or a file of weights, for features.
+    """
+    if samples.ndim == 2:
+        if recipe.student != "auto" or recipe.weights:
+            raise ValueError(
+                f"{recipe.weights or recipe.student} is for images, and these are features of "
+                f"{samples.shape[1]} numbers: leave it out, or give from Python a function that "
+                "makes a module for them"
+            )
+        return f"a hidden layer of {_UNITS}"
+    if recipe.student != "auto":
+        return recipe.student
+    height, width = samples.shape[1:3]
+    return "small_cnn" if height == width else "cifar_resnet20"  # which takes any shape
+
+
 def new_student(
-    recipe: Recipe, config: StudentConfig, num_classes: int, samples: Tensor, device: torch.device
+    recipe: Recipe, samples: Tensor, device: torch.device, num_classes: int
 ) -> nn.Module:
     """A student with fresh weights, or those that the recipe names, for samples like these."""
+    name = student_name(recipe, samples)
     if samples.ndim == 2:
-        if recipe.student != "auto":
-            raise ValueError(
-                f"{recipe.student} takes images, and these are features of {samples.shape[1]} "
-                'numbers: take "auto", or from Python a function that makes a module for them'
-            )
         width = samples.shape[1]
         layers = (
             nn.BatchNorm1d(width, affine=False),
@@ -150,9 +183,8 @@ def new_student(
             nn.Linear(_UNITS, num_classes),
         )
         return nn.Sequential(*layers).to(device)
-    height, width, channels = samples.shape[1:]
-    if height != width:
-        config = replace(config, name="cifar_resnet20") if recipe.student == "auto" else config
+    config = StudentConfig(name=name, drop_rate=0.0, weights=recipe.weights)
+    height, _, channels = samples.shape[1:]
     return create_student(config, num_classes, device, in_chans=channels, img_size=height)
 
 

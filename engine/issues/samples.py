@@ -1,6 +1,6 @@
 """What labels are looked for in: arrays, a data set of PyTorch's kind, or a folder of images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,8 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mentorch.engine.data.datasets import index_of_folder, needs_indexing, open_index
-from mentorch.engine.data.index import Index
+from mentorch.engine.data.datasets import (
+    bad_files,
+    index_of_folder,
+    needs_indexing,
+    open_index,
+)
 from mentorch.engine.data.readers import Bytes, Reader, open_reader
 from mentorch.engine.distributed import World
 from mentorch.engine.doctor_checks import available_memory
@@ -172,6 +176,8 @@ def from_dataset(dataset: Any, image_size: int, class_names: Sequence[str] | Non
             raise ValueError(f"dataset[{row}] is no (sample, label) but {type(item).__name__}")
         values.append(_as_array(item[0], image_size, row))
         labels.append(int(item[1]))
+    if not values:
+        raise ValueError("the data set is empty")
     shapes = {value.shape for value in values}
     if len(shapes) != 1:
         raise ValueError(f"samples have several shapes, such as {sorted(shapes)[:3]}: resize them")
@@ -180,20 +186,18 @@ def from_dataset(dataset: Any, image_size: int, class_names: Sequence[str] | Non
 
 
 def _as_array(sample: Any, image_size: int, row: int) -> Any:
+    """Pixels [H, W] or [H, W, channels] uint8, or features [D] float32."""
     if isinstance(sample, Image.Image):
         return _square(sample, image_size)
-    value = np.asarray(sample.cpu() if isinstance(sample, Tensor) else sample)
-    return _as_pixels(value, isinstance(sample, Tensor), row)
-
-
-def _as_pixels(value: Any, is_tensor: bool, row: int) -> Any:
+    is_tensor = isinstance(sample, Tensor)
+    value = np.asarray(sample.cpu() if is_tensor else sample)
     if value.dtype == np.uint8 and value.ndim in (2, 3):
         first = is_tensor and value.ndim == 3  # as PyTorch has its channels
         return value.transpose(1, 2, 0) if first else value
     if np.issubdtype(value.dtype, np.floating) and value.ndim == 1:
         return value.astype(np.float32)
     if np.issubdtype(value.dtype, np.floating) and value.ndim == 3:
-        if value.min() < 0 or value.max() > 1:
+        if not (value.min() >= 0 and value.max() <= 1):  # NaN neither
             raise ValueError(
                 f"dataset[{row}] has pixels from {value.min():.2f} to {value.max():.2f}; give "
                 "images in [0, 1], that is before they are normalised, or uint8"
@@ -214,7 +218,10 @@ def _square(image: Image.Image, side: int) -> NDArray[np.uint8]:
 
 
 def from_folder(
-    path: Path, image_size: int, max_label: int | None = None, say: Any = lambda line: None
+    path: Path,
+    image_size: int,
+    max_label: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Samples:
     """From a data set's folder or an index: its training images that can be decoded.
 
@@ -266,11 +273,11 @@ def from_folder(
     )
     return Samples(
         torch.from_numpy(values[good]), named, _Rows(reader, kept),
-        _left_out(index, max_label) + unusable, f"{index.root} ({index.dataset})",
+        bad_files(index, "train", max_label) + unusable, f"{index.root} ({index.dataset})",
     )  # fmt: skip
 
 
-def _say_which_index(path: Path, say: Any) -> None:
+def _say_which_index(path: Path, say: Callable[[str], None]) -> None:
     """An index does not notice what is done to its folder."""
     if path.is_dir() and not needs_indexing(path):
         kind, file = index_of_folder(path)
@@ -280,18 +287,6 @@ def _say_which_index(path: Path, say: Any) -> None:
                 f"{file}, of {made:%Y-%m-%d %H:%M}, says which images there are. If any were "
                 f"added, moved or removed since: mentorch index {kind} {path}"
             )
-
-
-def _left_out(index: Index, max_label: int | None) -> list[tuple[str, str]]:
-    """Path and status of the training images that the index calls missing or broken."""
-    rows = index.table.select(["path", "status", "split", "label"]).to_pylist()
-    return [
-        (row["path"], row["status"])
-        for row in rows
-        if row["status"] != "ok"
-        and row["split"] == "train"
-        and (max_label is None or row["label"] < max_label)
-    ]
 
 
 class _Rows:

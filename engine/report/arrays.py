@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from mentorch.engine.ledger import Columns
 from mentorch.engine.report.scores import Labelled, Labels, score_samples
@@ -12,16 +13,16 @@ from mentorch.engine.report.scores import Labelled, Labels, score_samples
 
 def score_arrays(
     ledger: Columns,
-    labels: ArrayLike,
+    labels: ArrayLike | Tensor,
     class_names: Sequence[str] | None = None,
-    clean_labels: ArrayLike | None = None,
+    clean_labels: ArrayLike | Tensor | None = None,
     paths: Sequence[str] | None = None,
 ) -> pa.Table:
     """`score_samples` with arrays in place of an index.
 
     Args:
         ledger: columns by name, [N] each.
-        labels: [N] integers, the given labels.
+        labels: [N] integers, the given labels; a tensor may be on any device.
         class_names: [C], by label; by default the labels' numbers.
         clean_labels: [N], those known to be right; below 0 where unknown.
         paths: [N], what to call the samples.
@@ -48,5 +49,6 @@ def score_arrays(
     return score_samples(ledger, Labelled(given, tuple(names), clean, paths))
 
 
-def _flat(labels: ArrayLike) -> Labels:
+def _flat(labels: ArrayLike | Tensor) -> Labels:
+    labels = labels.cpu() if isinstance(labels, Tensor) else labels
     return np.asarray(labels, dtype=np.int64).reshape(-1)

@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
+from mentorch import find_label_issues
 from mentorch.engine.cli import parse
 from mentorch.engine.config import (
     CurriculumConfig,
@@ -17,10 +19,12 @@ from mentorch.engine.config import (
 from mentorch.engine.data.pipelines import Batch, Loader
 from mentorch.engine.data.prefetch import prefetched
 from mentorch.engine.distributed import World
+from mentorch.engine.issues import find
 from mentorch.engine.job import run
 from mentorch.engine.ledger import Ledger
 from mentorch.engine.reweight import Reweight
 
+from .issues.blobs import blobs
 from .small_spade import N, batches, config_of, new_spade
 
 pytestmark = pytest.mark.gpu
@@ -35,6 +39,9 @@ def no_host_sync():
         torch.cuda.set_sync_debug_mode("default")
 
 
+BY_CLASS = {"percentile_of": "class", "num_classes": 1000}
+
+
 def _batch(dtype=torch.float32, rows=128, classes=1000):
     torch.manual_seed(0)
     labels = torch.randint(0, classes, (rows,))
@@ -42,10 +49,13 @@ def _batch(dtype=torch.float32, rows=128, classes=1000):
     return torch.randn(rows, classes, dtype=dtype), labels
 
 
+@pytest.mark.parametrize("options", [{}, BY_CLASS])
 @pytest.mark.parametrize("curriculum", ["linear", "self_paced", "focal", "pd"])
-def test_weights_on_the_gpu_are_those_on_the_cpu(curriculum):
+def test_weights_on_the_gpu_are_those_on_the_cpu(curriculum, options):
     logits, labels = _batch()
-    on_cpu, on_gpu = (Reweight(curriculum, total_steps=10).to(d) for d in ("cpu", "cuda"))
+    on_cpu, on_gpu = (
+        Reweight(curriculum, total_steps=10, **options).to(device) for device in ("cpu", "cuda")
+    )
     for _ in range(10):  # through burn-in, whose coins must be the same
         expected = on_cpu.weigh(logits, labels)
         found = on_gpu.weigh(logits.cuda(), labels.cuda())
@@ -53,11 +63,12 @@ def test_weights_on_the_gpu_are_those_on_the_cpu(curriculum):
             assert torch.allclose(one, other.cpu(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, BY_CLASS])
 @pytest.mark.parametrize("curriculum", ["linear", "pd"])
-def test_a_step_does_not_wait_for_the_device(curriculum):
+def test_a_step_does_not_wait_for_the_device(curriculum, options):
     logits, labels = (x.cuda() for x in _batch(torch.bfloat16))
     logits.requires_grad_()
-    criterion = Reweight(curriculum, total_steps=100, example_dropout=0.1).cuda()
+    criterion = Reweight(curriculum, total_steps=100, example_dropout=0.1, **options).cuda()
     criterion(logits, labels).backward()
     with no_host_sync():
         for _ in range(3):
@@ -66,7 +77,8 @@ def test_a_step_does_not_wait_for_the_device(curriculum):
 
 def test_the_ledger_takes_one_launch_and_does_not_wait():
     logits, labels = (x.cuda() for x in _batch(torch.bfloat16))
-    ids, criterion = torch.arange(len(labels), device="cuda"), Reweight("linear").cuda()
+    ids = torch.arange(len(labels), device="cuda")
+    criterion = Reweight("linear", total_steps=100).cuda()
     ledger = Ledger(len(labels), World(device=torch.device("cuda", 0)))
     out = criterion.weigh(logits, labels)
     ledger(ids, logits, labels, out)
@@ -79,11 +91,12 @@ def test_the_ledger_takes_one_launch_and_does_not_wait():
     assert ledger.columns()["visits"].sum() == 3 * (len(labels) - 1)  # one is ignored
 
 
+@pytest.mark.parametrize("options", [{}, BY_CLASS])
 @pytest.mark.parametrize("curriculum", ["linear", "pd"])
-def test_a_step_can_be_captured_in_a_graph(curriculum):
+def test_a_step_can_be_captured_in_a_graph(curriculum, options):
     logits, labels = (x.cuda() for x in _batch())
-    eager = Reweight(curriculum, total_steps=10).cuda()
-    captured = Reweight(curriculum, total_steps=10).cuda()
+    eager = Reweight(curriculum, total_steps=10, **options).cuda()
+    captured = Reweight(curriculum, total_steps=10, **options).cuda()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         captured.weigh(logits, labels)
@@ -99,6 +112,29 @@ def test_a_step_can_be_captured_in_a_graph(curriculum):
         assert torch.allclose(out.loss, expected.loss)
         assert torch.allclose(out.sample_weight, expected.sample_weight)
     assert torch.equal(captured.step, eager.step)
+
+
+def test_wrong_labels_are_found_on_the_gpu(monkeypatch):
+    """Also where the samples stay in the host's memory for want of room."""
+    features, given, clean = blobs()
+    found = []
+    for fits in (True, False):
+        monkeypatch.setattr(find, "_fits", lambda values, device, fits=fits: fits)
+        options = {"device": "cuda", "epochs": 6, "batch_size": 32, "progress": False}
+        found.append(find_label_issues(features, given, **options))
+    for one in found:
+        suspicion = one.scores.sort_by("sample_id")["suspicion"].to_numpy()
+        assert roc_auc_score(given != clean, suspicion) > 0.98
+    torch.testing.assert_close(*(torch.from_numpy(one.probabilities) for one in found))
+
+
+def test_scores_take_labels_on_the_gpu():
+    logits, labels = (x.cuda() for x in _batch())
+    labels[3] = 0
+    criterion = Reweight("pd", total_steps=9, num_samples=len(labels), ledger=True).cuda()
+    criterion(logits, labels, torch.arange(len(labels), device="cuda"))
+    scores = criterion.sample_scores(labels, clean_labels=labels)
+    assert scores.sort_by("sample_id")["given_label"].to_pylist() == labels.tolist()
 
 
 def test_the_gpu_pipeline_yields_the_cpus_images(digits_index, small_run):

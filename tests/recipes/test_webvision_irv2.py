@@ -6,6 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from mentorch.engine.data.datasets import open_datasets
+from mentorch.engine.data.folder import index_folder
+from mentorch.engine.distributed import World
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPE = runpy.run_path(str(REPOSITORY / "recipes" / "webvision_irv2.py"))
@@ -28,6 +33,31 @@ def test_without_data_the_digits_are_written(tmp_path, monkeypatch, capsys):
     assert (data.train / "info" / "train_filelist_google.txt").is_file()
     assert data.evaluate["imagenet"].is_dir()
     assert "No --webvision given" in capsys.readouterr().out
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    for row in range(8):
+        path = tmp_path / "mine" / ("cat", "dog")[row % 2] / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (31 * row, 0, 0)).save(path)
+    return tmp_path / "mine"
+
+
+def test_class_folders_alone_are_trained_on_and_not_evaluated(class_folders, capsys):
+    config = with_data(replace(full, webvision=class_folders, protocol="entire"))
+    found = open_datasets(config.data, World())
+    assert (found.classes, len(found.train.sample_ids)) == (("cat", "dog"), 8)
+    assert found.evaluate == {}
+    assert "mine has no validation images: 'webvision' is not evaluated" in capsys.readouterr().out
+
+
+def test_another_set_without_validation_images_is_refused(class_folders):
+    index = class_folders.parent / "folder.index.parquet"
+    index_folder(class_folders, out=index)
+    data = replace(full.data, train=index, evaluate={"other": class_folders})
+    with pytest.raises(ValueError, match="no usable sample has split='val'"):
+        open_datasets(data, World())
 
 
 @pytest.mark.parametrize(

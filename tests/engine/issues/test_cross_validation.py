@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from mentorch.engine.issues.cross_validation import fold_ids, judge
+from mentorch.engine.issues import cross_validation
+from mentorch.engine.issues.cross_validation import check_classes, fold_ids, judge
 from mentorch.engine.issues.recipe import Recipe, with_epochs
 from mentorch.engine.reweight import Reweight
 
@@ -33,14 +34,15 @@ def test_every_sample_is_judged_once_and_by_nobody_trained_on_it():
 @pytest.mark.parametrize(
     ("labels", "folds", "message"),
     [
-        ([0, 1, 0], 5, "too few for 5 folds"),
+        ([1, 1, 1], 2, "one class only"),
+        ([0, 0, 1, 1], 5, "too few for 5 folds"),
         ([0, 0, 1, 1, 2, 2], 3, "too few for 3 folds"),
-        ([0] * 9 + [1], 3, "class 1 has a single sample"),
+        ([0] * 9 + [1], 3, "1 classes have a single sample, such as cat"),
     ],
 )
 def test_too_few_samples_are_refused(labels, folds, message):
     with pytest.raises(ValueError, match=message):
-        list(fold_ids(np.array(labels), folds, 0))
+        check_classes(np.array(labels), ["dog", "cat", "cow"], folds)
 
 
 class Memory(nn.Module):
@@ -92,6 +94,28 @@ def test_a_student_that_does_not_fit_is_refused(make, message):
     features, labels = torch.randn(40, 3), torch.arange(40) % 2
     with pytest.raises(ValueError, match=message):
         judge(features, labels, 2, Recipe(epochs=1, batch_size=8), CPU, make_student=make)
+
+
+def test_students_that_do_not_train_end_it():
+    """Most steps are skipped: infinite gradients. Nothing that such students say may count."""
+    features, labels = 1e30 * torch.randn(60, 3), torch.arange(60) % 2
+    recipe = Recipe(epochs=3, folds=2, batch_size=8, lr=0.5)
+    with pytest.raises(ValueError, match=r"[5-9] of its first 9 steps.*lower lr than 0\.5"):
+        judge(features, labels, 2, recipe, CPU, make_student=lambda c: nn.Linear(3, c))
+
+
+def test_what_is_noted_of_steps_is_let_go(monkeypatch):
+    """Or the order of every epoch stays on the device."""
+    kept = []
+    predict = cross_validation._Fold.predict
+    monkeypatch.setattr(
+        cross_validation._Fold,
+        "predict",
+        lambda fold: kept.append(len(fold.spade.guard._norms)) or predict(fold),
+    )
+    recipe = Recipe(epochs=3, folds=2, batch_size=8)
+    judge(torch.randn(60, 3), torch.arange(60) % 2, 2, recipe, CPU)
+    assert kept == [0] * 6
 
 
 def test_samples_that_no_batch_had_do_not_count_as_weights():

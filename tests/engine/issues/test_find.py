@@ -4,12 +4,15 @@ import json
 import random
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
@@ -18,7 +21,8 @@ from mentorch.engine import cli
 from mentorch.engine.issues import command, find
 from mentorch.engine.issues.recipe import Recipe
 
-QUICK = {"epochs": 6, "batch_size": 32, "folds": 3, "progress": False}
+# On the CPU, also where there is a GPU: ranks of other tests are forked from this process.
+QUICK = {"epochs": 6, "batch_size": 32, "folds": 3, "progress": False, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,7 @@ def test_what_is_written(found):
     settings = json.loads((out / "settings.json").read_text())
     assert settings["found"]["noise_rate"] == made.noise.rate
     assert settings["recipe"]["epochs"] == QUICK["epochs"]
-    assert settings["recipe"]["student"] == "auto"
+    assert settings["recipe"]["student"] == "a hidden layer of 256"  # what "auto" was
     page = (out / "label_issues.html").read_text()
     assert "class &lt;1&gt;" in page
     assert "class <1>" not in page
@@ -154,9 +158,16 @@ def test_a_data_set_and_pictures(tmp_path):
             "no GPU here",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
-        (lambda f, g, out: mentorch.find_label_issues(f, g, student="resnet18"), "takes images"),
+        (lambda f, g, out: mentorch.find_label_issues(f, g, student="resnet18"), "is for images"),
         (lambda f, g, out: mentorch.find_label_issues(f, g, curriculum="none"), "'none'"),
         (lambda f, g, out: mentorch.find_label_issues(out, class_names=["a"]), "no class_names"),
+        (
+            lambda f, g, out: mentorch.find_label_issues(
+                f, g, student=lambda c: nn.Linear(4, c), weights=out
+            ),
+            "load them in the function",
+        ),
+        (lambda f, g, out: mentorch.find_label_issues(f, g, folds=400), "too few for 400 folds"),
     ],
 )
 def test_what_cannot_be_done_is_said(call, message, data, tmp_path):
@@ -171,6 +182,57 @@ def test_a_place_that_cannot_be_written_is_found_before_training(data, tmp_path,
     monkeypatch.setattr(find, "judge", lambda *_: pytest.fail("trained first"))
     with pytest.raises(FileExistsError):
         mentorch.find_label_issues(features, given, out=tmp_path / "file", **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"student": "restnet18"}, "no model 'restnet18'.*resnet18"),
+        ({"weights": "no.safetensors"}, "no file of weights no.safetensors"),
+        ({"burn_in": 2.0}, "burn_in"),
+        ({"curriculum": "none"}, "'none'"),
+        ({"image_size": 4}, "image_size is 4 pixels"),
+        ({"samples_shown": -1}, "at least 0, got -1"),
+    ],
+)
+def test_wrong_options_are_found_before_anything_is_read(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(find, "from_folder", lambda *_: pytest.fail("read first"))
+    options = {n: Path(v) if n == "weights" else v for n, v in options.items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        mentorch.find_label_issues(tmp_path, out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_images_are_not_for_features(data, tmp_path):
+    features, given, _ = data
+    file = tmp_path / "some.safetensors"
+    save_file({"weight": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=r"some\.safetensors is for images.*features of 4"):
+        mentorch.find_label_issues(features, given, weights=file, **QUICK)
+
+
+def test_what_no_student_could_judge_has_no_prediction(data, monkeypatch):
+    features, given, _ = data
+
+    def judge_all_but_one(*arguments, **options):
+        found = judge(*arguments, **options)
+        found.probabilities[7] = np.nan
+        return found
+
+    judge = find.judge
+    monkeypatch.setattr(find, "judge", judge_all_but_one)
+    found = mentorch.find_label_issues(features, given, **QUICK)
+    row = found.scores.filter(pc.equal(found.scores["sample_id"], 7)).to_pylist()[0]
+    assert row["predicted_label"] is None
+    assert not row["suspect"]
+
+
+def test_the_table_is_there_before_the_page(found, tmp_path, monkeypatch):
+    """Hours of training are not lost to a picture."""
+    monkeypatch.setattr("mentorch.engine.issues.page.render_issues", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        found[0].write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"sample_scores.parquet", "settings.json"}
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +259,11 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
     assert "1 files could not be used" in said
     top = [line.split()[-1] for line in said.splitlines() if re.match(r" +\d+  ", line)][:4]
     assert set(top) == {f"dark/{row:02d}.jpg" for row in (1, 21, 41, 61)}
-    out = tmp_path / "issues-photos"
+    out = tmp_path / "issues-photos"  # also for the index in that folder
+    for written in out.iterdir():
+        written.rename(written.with_suffix(".before"))
+    index = folder / "folder.index.parquet"
+    command.find_issues(index, image_size=28, samples=3, device="cpu", recipe=recipe)
     page = (out / "label_issues.html").read_text()
     assert page.count("data:image/jpeg") == 3
     assert "page.jpg" in page
@@ -207,7 +273,7 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
     ("words", "message"),
     [
         (["missing"], "no data set or index at missing"),
-        ([".", "--samples", "-1"], "samples must be at least 0"),
+        ([".", "--samples", "-1"], "samples shown must be at least 0"),
         ([".", "--image-size", "4"], "at least 8"),
         ([".", "--folds", "1"], "folds is 1"),
     ],

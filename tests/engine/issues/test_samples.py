@@ -124,6 +124,8 @@ def test_data_sets(kind):
     ("samples", "message"),
     [
         ([torch.full((3, 4, 4), 2.0)], r"dataset\[0\] has pixels from 2.00"),
+        ([torch.full((3, 4, 4), torch.nan)], "pixels from nan"),
+        ([], "the data set is empty"),
         ([pixels()[0], pixels(side=4)[0]], "several shapes"),
         (["text"], r"dataset\[0\] is"),
     ],
