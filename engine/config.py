@@ -310,6 +310,10 @@ class TrainConfig:
         _at_least(self, 0, "eval_batch_size", "checkpoint_steps", "max_skipped")
         _at_least(self, 0, "first_step_timeout", "step_timeout")
 
+    def is_evaluated(self, epoch: int) -> bool:
+        """Whether there is an evaluation after an epoch, counted from 1."""
+        return epoch == self.epochs or epoch % self.evaluate_every == 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:

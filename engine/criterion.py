@@ -210,12 +210,3 @@ def count_rows(valid: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return count.clamp(min=1)
     dist.all_reduce(count, group=group)
     return count.clamp(min=1) / dist.get_world_size(group)
-
-
-def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The rows of all ranks of a group, rank by rank; every rank brings equally many."""
-    if group is None or dist.get_world_size(group) == 1:
-        return rows
-    everyones = rows.new_empty(dist.get_world_size(group) * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(everyones, rows.contiguous(), group=group)
-    return everyones

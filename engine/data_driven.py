@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mentorch.engine.criterion import gather_rows
 from mentorch.engine.mentor import MentorNet
 from mentorch.engine.mentor_training import Features, fit_error, fit_weights, split_points
 from mentorch.engine.reweight import Reweight
 from mentorch.kernels.mentor import EPOCHS
+from mentorch.kernels.ranks import gather_rows
 from mentorch.kernels.reweight import Reweighted
 
 

@@ -4,6 +4,15 @@ import os
 from pathlib import Path
 
 
+def whole_lines(path: Path) -> tuple[list[str], str]:
+    """A text file's lines, and what there is of one that a kill has cut or that is being written.
+
+    ``str.splitlines`` would cut lines at U+2028 too, which JSON leaves in its strings.
+    """
+    *lines, torn = path.read_text(encoding="utf-8").split("\n")
+    return lines, torn
+
+
 def replace_text(path: Path, text: str) -> None:
     """Writes a text file so that whoever reads it, whenever, finds the old text or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")

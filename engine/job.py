@@ -236,20 +236,16 @@ class Job:
         saved = epoch == self.config.train.epochs or epoch % self.config.train.checkpoint_every == 0
         if saved:  # first of all: whatever happens in the evaluation, the epoch is kept
             self._save()
-        if self._is_evaluated(epoch):
+        if self.config.train.is_evaluated(epoch):
             self._evaluate(epoch, saved, self.datasets.evaluate)
         self.pictures.end_epoch()
         self.telemetry.restart_clock()
-
-    def _is_evaluated(self, epoch: int) -> bool:
-        train = self.config.train
-        return epoch == train.epochs or epoch % train.evaluate_every == 0
 
     def _catch_up(self) -> None:
         """An evaluation that an interrupted run owes: its checkpoint is older than that."""
         step = self.spade.step_count
         epoch, within = divmod(step, self.spade.steps_per_epoch)
-        if not epoch or within or not self._is_evaluated(epoch):
+        if not epoch or within or not self.config.train.is_evaluated(epoch):
             return
         done = [name for name, row in self.scores.last.items() if row["step"] == step]
         if owed := [name for name in self.datasets.evaluate if name not in done]:

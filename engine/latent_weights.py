@@ -14,11 +14,12 @@ it cover a student's usual learning rates).
 import torch
 from torch import Tensor
 
-from mentorch.engine.criterion import count_rows, gather_rows
+from mentorch.engine.criterion import count_rows
 from mentorch.engine.objectives import regularizer
 from mentorch.engine.reweight import Reweight
 from mentorch.kernels.cross_entropy import cross_entropy
 from mentorch.kernels.mentor import ClosedForm
+from mentorch.kernels.ranks import gather_rows
 from mentorch.kernels.reweight import Reweighted
 
 

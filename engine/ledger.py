@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mentorch.engine.distributed import World
-from mentorch.kernels.ledger import ROW_BYTES, fields, new_ledger, record, table_rows
+from mentorch.kernels.history import table_rows
+from mentorch.kernels.ledger import ROW_BYTES, fields, new_ledger, record
 from mentorch.kernels.reweight import Reweighted
 
 Columns = dict[str, NDArray[np.generic]]
@@ -132,7 +133,7 @@ def read_ledger(path: Path) -> Columns:
     if not path.is_file():
         raise FileNotFoundError(
             f"no ledger at {path}: look for ledger.safetensors in a run's checkpoints; runs with "
-            "--no-train.ledger have none"
+            "--train.no-ledger have none"
         )
     try:
         table = load_file(path)["table"]

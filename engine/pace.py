@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
@@ -84,15 +85,15 @@ def _time_steps(
         seed=config.seed, world=world, parts=config.train.accumulate,
     )  # fmt: skip
     begun, taken = 0.0, -untimed
-    for _ in spade.train(loader.batches(epochs=most + untimed)):
-        taken += 1
-        if taken < 0:
-            continue
-        now = _now(world)
-        begun = begun or now
-        if taken >= min(_STEPS, most) and (now - begun >= _LEAST_S or taken >= most):
-            break
-    loader.close()
+    with closing(loader):
+        for _ in spade.train(loader.batches(epochs=most + untimed)):
+            taken += 1
+            if taken < 0:
+                continue
+            now = _now(world)
+            begun = begun or now
+            if taken >= min(_STEPS, most) and (now - begun >= _LEAST_S or taken >= most):
+                break
     return taken, (now - begun) / taken
 
 
@@ -114,10 +115,10 @@ def _time_evaluation(
     came: list[float] = []
     labels = torch.from_numpy(samples.labels_N).to(world.device)
     begun = time.perf_counter()
-    batches = _noting(islice(loader.batches(), _EVALUATED), came)
-    evaluate(spade.trained, batches, labels, spade.normalise, spade.dtype, world)
-    took = _now(world) - came[0]
-    loader.close()
+    with closing(loader):
+        batches = _noting(islice(loader.batches(), _EVALUATED), came)
+        evaluate(spade.trained, batches, labels, spade.normalise, spade.dtype, world)
+        took = _now(world) - came[0]
     return came[0] - begun, took / (size * len(came))
 
 

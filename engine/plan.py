@@ -7,33 +7,19 @@ kept, and nothing is written.
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from mentorch.engine.assembly import assemble, per_rank
-from mentorch.engine.checkpoint import load_checkpoint
-from mentorch.engine.checkpoint_choice import choose_checkpoint
+from mentorch.engine.assembly import per_rank
 from mentorch.engine.config import RunConfig
-from mentorch.engine.data.datasets import (
-    Datasets,
-    index_of_folder,
-    needs_indexing,
-    open_datasets,
-)
-from mentorch.engine.data.pipelines import Loader, Normalise
+from mentorch.engine.data.datasets import index_of_folder, needs_indexing
 from mentorch.engine.distributed import World, distributed
 from mentorch.engine.doctor_checks import available_memory
-from mentorch.engine.fingerprint import check_fingerprint, fingerprint
-from mentorch.engine.footprint import Trace, optimizer_bytes, size_of, trace
-from mentorch.engine.ledger import Ledger
 from mentorch.engine.messages import label_notes
 from mentorch.engine.pace import Pace, measure_pace
-from mentorch.engine.spade import Spade
-from mentorch.engine.watchdog import Progress
+from mentorch.engine.prepared import Prepared
 
 Lines = Iterator[tuple[str, str]]
 _ROOM = 0.6  # share of the memory that is there which the timed steps may take
@@ -88,95 +74,6 @@ def plan(config: RunConfig, world: World, ranks: int) -> Lines:
     yield from _time(found)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A run on one rank, ready to train, and how many ranks it is meant for."""
-
-    config: RunConfig
-    world: World
-    ranks: int
-    share: int
-    """Images of a rank's part of the batch."""
-
-    @cached_property
-    def data(self) -> Datasets:
-        """Its data sets."""
-        return open_datasets(self.config.data, self.world)
-
-    @cached_property
-    def loader(self) -> Loader:
-        """Of the training images, with the steps that the run would have."""
-        config, train = self.config, self.data.train
-        return Loader(
-            train.index, train.sample_ids, batch_size=config.train.batch_size, config=config.data,
-            train=True, seed=config.seed, world=self.world,
-        )  # fmt: skip
-
-    @cached_property
-    def ledger(self) -> Ledger | None:
-        """What is noted of every sample."""
-        wanted = self.config.train.ledger
-        return Ledger(len(self.data.train.labels_N), self.world) if wanted else None
-
-    @cached_property
-    def spade(self) -> Spade:
-        """What trains."""
-        observers = [self.ledger] if self.ledger else []
-        steps = self.loader.steps_per_epoch
-        return assemble(self.config, self.data, steps, self.world, observers, Progress())
-
-    @cached_property
-    def done(self) -> int:
-        """Steps that the run has taken already, if it is one that goes on."""
-        folder = self.config.resume or self.config.folder
-        if folder is None:
-            return 0
-        checkpoint, _ = choose_checkpoint(folder / "checkpoints", self.world)
-        if checkpoint is None:
-            if self.config.resume:
-                raise FileNotFoundError(f"{folder} has no complete checkpoint to go on from")
-            return 0
-        _, state, *_ = load_checkpoint(checkpoint)
-        here = fingerprint(self.config, self.data, self.spade, self.loader)
-        check_fingerprint(checkpoint, state["fingerprint"], here)
-        return int(state["spade"]["step"])
-
-    @cached_property
-    def trace(self) -> Trace:
-        """The passes over one part of a rank's share."""
-        config, spade = self.config, self.spade
-        normalise = Normalise(config.data.mean, config.data.std).to(self.world.device)
-        images = self.share // config.train.accumulate
-        student = spade.student.train()
-        return trace(student, normalise, spade.dtype, images, config.data.image_size)
-
-    @cached_property
-    def weights(self) -> dict[str, int]:
-        """Bytes that stay on the device throughout, by what they are."""
-        student, data = self.spade.student, self.data.train
-        average, criterion = self.spade.average, self.spade.criterion
-        kept = [*criterion.parameters(), *criterion.buffers()]
-        return {
-            "weights": size_of([*student.parameters(), *student.buffers()]),
-            "gradients": size_of(student.parameters()),
-            "optimiser": optimizer_bytes(self.config.optim, student),
-            "averaged weights": size_of(average.module.state_dict().values()) if average else 0,
-            "samples": 16 * len(data.labels_N) + size_of(kept) + self.ledger_bytes,
-        }
-
-    @cached_property
-    def checkpoint_bytes(self) -> int:
-        """Of a checkpoint's tensors, the curriculum's own tables among them."""
-        kept = ("weights", "optimiser", "averaged weights")
-        of_curriculum = size_of(self.spade.criterion.state_dict().values())
-        return sum(self.weights[name] for name in kept) + of_curriculum + self.ledger_bytes
-
-    @cached_property
-    def ledger_bytes(self) -> int:
-        """Of the ledger."""
-        return size_of([self.ledger.table]) if self.ledger else 0
-
-
 def _paths(config: RunConfig) -> list[Path]:
     paths = [config.data.train] if config.data.train else []
     return list(dict.fromkeys([*paths, *config.data.evaluate.values()]))
@@ -200,10 +97,7 @@ def _data(found: Prepared) -> Lines:
     if config.data.noise:
         yield "", f"with label noise {config.data.noise}, seed {config.data.noise_seed}"
     yield from (("", note) for note in label_notes(data))
-    epochs = config.train.epochs
-    times = len(
-        {e for e in range(1, epochs + 1) if e % config.train.evaluate_every == 0} | {epochs}
-    )
+    times = sum(map(config.train.is_evaluated, range(1, config.train.epochs + 1)))
     for name, samples in data.evaluate.items():
         images = len(samples.sample_ids)
         yield "evaluation", f"{name}: {images:,} images, {times:,} times, {samples.index.root}"
@@ -331,9 +225,8 @@ def _room(found: Prepared) -> int:
 
 def _evaluation_s(found: Prepared, pace: Pace) -> float:
     """Seconds of all evaluations that are still to come."""
-    train, each = found.config.train, found.spade.steps_per_epoch
-    epochs = np.arange(found.done // each + 1, train.epochs + 1)
-    times = int(((epochs % train.evaluate_every == 0) | (epochs == train.epochs)).sum())
+    train, done = found.config.train, found.done // found.spade.steps_per_epoch
+    times = sum(map(train.is_evaluated, range(done + 1, train.epochs + 1)))
     images = {name: len(samples.sample_ids) for name, samples in found.data.evaluate.items()}
     return times * sum(
         start_s + images[name] / found.ranks * image_s

@@ -62,7 +62,8 @@ def curriculum_preset(
     """A method's curriculum with the published hyper-parameters.
 
     Args:
-        preset: the paper's text (burn-in 20% by Bernoulli(½), ℓ_pt by 0.95), or the released code.
+        preset: the paper's text (burn-in 20% by coins, whose probability it does not print: ½, as
+            released; ℓ_pt by 0.95), or the released code.
         method: of Table 2.
         rate: of the noise, for p of ℓ_pt; the paper cross-validates p and names no values, so
             those of the released commands serve both.

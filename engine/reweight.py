@@ -20,7 +20,7 @@ from mentorch.kernels.history import new_history
 from mentorch.kernels.ledger import new_ledger, record
 from mentorch.kernels.mentor import EPOCHS, ClosedForm, Curriculum
 from mentorch.kernels.percentile import check_moving_average
-from mentorch.kernels.reweight import MovingAverage, Reweighted, reweight
+from mentorch.kernels.reweight import MovingAverage, Reweighted, progress_pct, reweight
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 PercentileOf = Literal["batch", "class"]
 
 _NEEDS_STEPS = (
-    "total_steps is needed: the burn-in, a MentorNet's epoch input and pd_mixture count in shares "
-    "of training. Give the number of training steps, or use another closed form with burn_in=0."
+    "total_steps is needed: the burn-in, burn_in_dropout_until, late_dropout_from, a MentorNet's "
+    "epoch input and pd_mixture count in shares of training. Give the number of training steps, or "
+    "use another closed form with burn_in=0 and without those two"
 )
 
 
@@ -39,6 +40,41 @@ def _are_several_ranks() -> bool:
 
 def _reads_progress(curriculum: ClosedForm | MentorNet) -> bool:
     return isinstance(curriculum, MentorNet) or curriculum.kind == "pd_mixture"
+
+
+def _check_shares(below_1: bool = False, **shares: float | None) -> None:
+    """Raises ValueError unless every share that is given is in [0, 1], or in [0, 1)."""
+    for name, share in shares.items():
+        if share is not None and (not 0.0 <= share <= 1.0 or (below_1 and share == 1.0)):
+            raise ValueError(f"{name} is a share in [0, 1{')' if below_1 else ']'}, got {share}")
+
+
+def _check_needs(
+    total_steps: int | None,
+    counts_steps: bool,
+    moving_avg: str,
+    percentile_of: str,
+    num_classes: int | None,
+    num_samples: int | None,
+    kept_by_sample: dict[str, bool],
+) -> None:
+    """Raises ValueError for an option of an unknown name, or that lacks what it needs."""
+    if total_steps is None and counts_steps:
+        raise ValueError(_NEEDS_STEPS)
+    if total_steps is not None and total_steps < 1:
+        raise ValueError(f"total_steps must be at least 1, got {total_steps}")
+    if moving_avg not in get_args(MovingAverage):
+        raise ValueError(f"moving_avg is 'updated' or 'lagged', not {moving_avg!r}")
+    if percentile_of not in get_args(PercentileOf):
+        raise ValueError(f"percentile_of is 'batch' or 'class', not {percentile_of!r}")
+    if percentile_of == "class" and (num_classes is None or moving_avg == "lagged"):
+        raise ValueError(
+            "percentile_of='class' needs num_classes, and moving_avg='updated': a class's "
+            "percentile is of its last losses"
+        )
+    for name, kept in kept_by_sample.items():
+        if kept and num_samples is None:
+            raise ValueError(f"{name} needs num_samples, the data set's size")
 
 
 class Reweight(Criterion):
@@ -138,30 +174,21 @@ class Reweight(Criterion):
     ) -> None:
         super().__init__(ignore_index=ignore_index, group=group, class_dim=class_dim)
         resolved = resolve_curriculum(curriculum)
-        if total_steps is None and (burn_in > 0 or _reads_progress(resolved)):
-            raise ValueError(_NEEDS_STEPS)
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {total_steps}")
-        if not 0.0 <= burn_in <= 1.0:
-            raise ValueError(f"burn_in is a share of training in [0, 1], got {burn_in}")
         check_moving_average(loss_percentile, decay)
-        if moving_avg not in get_args(MovingAverage):
-            raise ValueError(f"moving_avg is 'updated' or 'lagged', not {moving_avg!r}")
-        if percentile_of not in get_args(PercentileOf):
-            raise ValueError(f"percentile_of is 'batch' or 'class', not {percentile_of!r}")
-        if percentile_of == "class" and (num_classes is None or moving_avg == "lagged"):
-            raise ValueError(
-                "percentile_of='class' needs num_classes, and moving_avg='updated': a class's "
-                "percentile is of its last losses"
-            )
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-        if history_steps > 1 and num_samples is None:
-            raise ValueError(
-                f"history_steps={history_steps} needs num_samples, the data set's size"
-            )
-        if ledger and num_samples is None:
-            raise ValueError("ledger=True needs num_samples, the data set's size")
+        _check_shares(
+            burn_in=burn_in, burn_in_dropout_until=burn_in_dropout_until,
+            late_dropout_from=late_dropout_from, label_smoothing=label_smoothing,
+        )  # fmt: skip
+        _check_shares(
+            below_1=True, burn_in_dropout=burn_in_dropout, example_dropout=example_dropout,
+            late_dropout=late_dropout,
+        )  # fmt: skip
+        changes = burn_in > 0 or (burn_in_dropout_until or 0) > 0 or late_dropout_from < 1
+        _check_needs(
+            total_steps, changes or _reads_progress(resolved), moving_avg, percentile_of,
+            num_classes, num_samples,
+            {f"history_steps={history_steps}": history_steps > 1, "ledger=True": ledger},
+        )  # fmt: skip
         # A copy: the caller may go on training theirs.
         self.mentor = (
             deepcopy(resolved).requires_grad_(False) if isinstance(resolved, MentorNet) else None
@@ -185,19 +212,19 @@ class Reweight(Criterion):
         self.seed = seed
         self.one_launch = one_launch
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        kept_losses = (
-            new_class_losses(num_classes, class_window, loss_percentile)
-            if percentile_of == "class" and num_classes is not None
-            else (None, None, None)
+        of_classes = num_classes if percentile_of == "class" else None
+        window, seen, share = (
+            (None, None, None)
+            if of_classes is None
+            else new_class_losses(of_classes, class_window, loss_percentile)
         )
-        self.register_buffer("class_losses", kept_losses[0])
-        self.register_buffer("class_seen", kept_losses[1])
-        self.register_buffer("class_shares", kept_losses[2])
-        kept = num_samples if history_steps > 1 else None
-        self.register_buffer(
-            "history", new_history(kept, history_steps) if kept is not None else None
-        )
+        of_samples = num_samples if history_steps > 1 else None
+        history = None if of_samples is None else new_history(of_samples, history_steps)
         noted = num_samples if ledger else None
+        self.register_buffer("class_losses", window)
+        self.register_buffer("class_seen", seen)
+        self.register_buffer("class_shares", share)
+        self.register_buffer("history", history)
         self.register_buffer("ledger", None if noted is None else new_ledger(noted))
 
     def curriculum(self) -> Curriculum:
@@ -213,7 +240,7 @@ class Reweight(Criterion):
 
     def epoch_pct(self) -> Tensor:
         """Training progress, an integer 0..99 (0-d tensor on the device)."""
-        return (self.step * EPOCHS // self.total_steps).clamp(max=EPOCHS - 1)
+        return progress_pct(self.step, self.total_steps)
 
     def weigh_rows(self, logits: Tensor, labels: Tensor, index: Tensor | None = None) -> Reweighted:
         """The fused step; arguments as `Criterion.weigh_rows`.
@@ -310,13 +337,14 @@ class Reweight(Criterion):
         return score_arrays(columns, labels, class_names, clean_labels, paths)
 
     def set_class_percentiles(self, loss_percentiles: Tensor) -> None:
-        """Gives every class a p of its own, from the next step on.
+        """Gives every class a p of its own, from the next step on. Waits for the device.
 
         Args:
             loss_percentiles: [C] in [0, 1]: of the samples labelled c, the share that is right.
 
         Raises:
-            ValueError: ``percentile_of`` is not "class", or another number of them.
+            ValueError: ``percentile_of`` is not "class", another number of them, or one that is
+                not in [0, 1].
         """
         if self.class_shares is None:
             raise ValueError('percentiles by class need percentile_of="class"')
@@ -325,6 +353,8 @@ class Reweight(Criterion):
             raise ValueError(
                 f"give one percentile a class, [{classes}], not {list(loss_percentiles.shape)}"
             )
+        if bad := [p for p in loss_percentiles.tolist() if not 0.0 <= p <= 1.0]:
+            raise ValueError(f"loss_percentiles are in [0, 1], got {bad[0]}")
         self.class_shares[:-1] = loss_percentiles
 
     def _kept_by_class(self) -> ClassLosses | None:

@@ -20,6 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mentorch.kernels.history import table_rows
+from mentorch.kernels.percentile import nearest_position_ref
+
 
 class ClassLosses(NamedTuple):
     """The last losses of every class, changed in place; the last row is scratch."""
@@ -44,7 +47,7 @@ def new_class_losses(
         device: where the tensors shall lie.
 
     Raises:
-        ValueError: one of them is below 1.
+        ValueError: ``num_classes`` or ``window`` is below 1.
     """
     if num_classes < 1 or window < 1:
         raise ValueError(
@@ -65,7 +68,7 @@ def remember_losses(kept: ClassLosses, labels: Tensor, losses: Tensor) -> None:
         labels: [W] integers; one outside [0, C) is of no class.
         losses: [W], nats; NaN: does not count.
     """
-    rows = _rows(kept, labels.masked_fill(losses.isnan(), -1))
+    rows = table_rows(kept.seen, labels.long().masked_fill(losses.isnan(), -1))
     order = rows.argsort(stable=True)
     ascending = rows[order]
     first = torch.searchsorted(ascending, ascending)
@@ -89,17 +92,9 @@ def class_percentile(kept: ClassLosses, labels: Tensor) -> Tensor:
         kept: what was seen, these rows included.
         labels: [B] integers.
     """
-    rows = _rows(kept, labels)
+    rows = table_rows(kept.seen, labels.long())
     ascending = (kept.window[rows] + 0.0).sort(dim=1).values  # NaN sorts last
     present = kept.seen[rows].clamp(max=kept.window.shape[1])
-    descending_rank = ((present - 1).double() * (1.0 - kept.share[rows])).round().long()
-    position = (present - 1 - descending_rank).clamp(min=0)
+    position = nearest_position_ref(present, kept.share[rows])
     found = ascending.gather(1, position.unsqueeze(1)).squeeze(1)
     return found.masked_fill(rows == len(kept.seen) - 1, torch.nan)
-
-
-def _rows(kept: ClassLosses, labels: Tensor) -> Tensor:
-    """The row of each label's window; the scratch row for labels of no class."""
-    scratch = len(kept.seen) - 1
-    known = (labels >= 0) & (labels < scratch)
-    return torch.where(known, labels.long(), scratch)

@@ -44,8 +44,8 @@ class ExampleDropout:
         for name in ("burn_in_rate", "rate", "late_rate"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("burn_in_pct", "early_pct", "late_pct"):
-            if not 0 <= getattr(self, name) <= 100:
+        for name in ("burn_in_pct", "burn_in_rate_pct", "late_pct"):
+            if not 0 <= (getattr(self, name) or 0) <= 100:
                 raise ValueError(f"{name} must be in 0..100, got {getattr(self, name)}")
 
     @property

@@ -29,9 +29,11 @@ def new_history(samples: int, steps: int, device: torch.device | str | None = No
     return torch.full((samples + 1, steps, 2), torch.nan, dtype=torch.float32, device=device)
 
 
-def _rows(history: Tensor, sample_ids: Tensor) -> Tensor:
-    scratch = history.shape[0] - 1
-    return torch.where((sample_ids < 0) | (sample_ids >= scratch), scratch, sample_ids)
+def table_rows(table: Tensor, ids: Tensor) -> Tensor:
+    """The row of every id in a table [N + 1, …]: its own, or the last one, which is scratch, for an
+    id outside [0, N)."""
+    scratch = table.shape[0] - 1
+    return torch.where((ids < 0) | (ids >= scratch), scratch, ids)
 
 
 def history_steps_ref(
@@ -49,7 +51,7 @@ def history_steps_ref(
         ([B, T], [B, T]); NaN where a sample has been seen less often.
     """
     scratch = history.shape[0] - 1
-    rows = _rows(history, sample_ids)
+    rows = table_rows(history, sample_ids)
     past = history[rows, 1:].to(loss.dtype).masked_fill((rows == scratch)[:, None, None], torch.nan)
     today = torch.stack([loss, loss_diff], dim=-1).unsqueeze(1)
     losses, diffs = torch.cat([past, today], dim=1).unbind(-1)
@@ -68,7 +70,7 @@ def update_history_ref(
         loss_diff: [B], ℓ − ℓ_pt.
     """
     scratch = history.shape[0] - 1
-    rows = torch.where(loss.isfinite(), _rows(history, sample_ids), scratch)
+    rows = torch.where(loss.isfinite(), table_rows(history, sample_ids), scratch)
     steps = torch.stack(history_steps_ref(history, sample_ids, loss, loss_diff), dim=-1)
     history.index_put_((rows,), steps.to(history.dtype))
 

@@ -37,6 +37,7 @@ from torch import Tensor, library
 
 from mentorch.kernels.backend import on_its_device, runs_kernels, tl, triton
 from mentorch.kernels.cross_entropy import check_logits
+from mentorch.kernels.history import table_rows
 from mentorch.kernels.rows import lanes_of_rows, load_lines, row_tile, unit_stride
 
 ROW_BYTES = 24
@@ -80,12 +81,6 @@ def new_ledger(samples: int, device: torch.device | str | None = None) -> Tensor
         column.fill_(torch.nan if column.is_floating_point() else 0)
     fields(row)["predicted"].fill_(-1)
     return row.to(device).repeat(samples + 1, 1)
-
-
-def table_rows(table: Tensor, sample_ids: Tensor) -> Tensor:
-    """The row of every id: its own, or the scratch row for an id outside [0, N)."""
-    scratch = table.shape[0] - 1
-    return torch.where((sample_ids < 0) | (sample_ids >= scratch), scratch, sample_ids)
 
 
 def _to_half(x: Tensor) -> Tensor:

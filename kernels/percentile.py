@@ -41,6 +41,12 @@ def check_moving_average(loss_percentile: float, decay: float) -> None:
         raise ValueError(f"decay must be in [0, 1), got {decay}")
 
 
+def nearest_position_ref(present: Tensor, loss_percentile: Tensor | float) -> Tensor:
+    """Ascending position of the percentile among ``present`` losses; 0 where there is none."""
+    descending_rank = ((present - 1).double() * (1.0 - loss_percentile)).round().long()
+    return (present - 1 - descending_rank).clamp(min=0)
+
+
 def percentile_ref(losses: Tensor, loss_percentile: float) -> Tensor:
     """The p-th percentile of the losses present.
 
@@ -52,8 +58,7 @@ def percentile_ref(losses: Tensor, loss_percentile: float) -> Tensor:
         0-d, one of the losses; NaN when none is present.
     """
     present = (~losses.isnan()).sum()
-    descending_rank = ((present - 1).double() * (1.0 - loss_percentile)).round().long()
-    position = (present - 1 - descending_rank).clamp(min=0)
+    position = nearest_position_ref(present, loss_percentile)
     ascending = (losses + 0.0).sort().values  # −0 + 0 is +0; NaN sorts last
     return ascending.gather(0, position.view(1)).squeeze(0)
 

@@ -42,8 +42,15 @@ from mentorch.kernels.fused import (
     weigh,
 )
 from mentorch.kernels.history import history_steps_ref, update_history_ref
-from mentorch.kernels.mentor import Curriculum, LstmWeights, MentorWeights, sample_weight_ref
+from mentorch.kernels.mentor import (
+    EPOCHS,
+    Curriculum,
+    LstmWeights,
+    MentorWeights,
+    sample_weight_ref,
+)
 from mentorch.kernels.percentile import check_moving_average, moving_average_ref, percentile_ref
+from mentorch.kernels.ranks import count_ranks, first_row, gather_rows
 from mentorch.kernels.weigh import Plan
 
 MovingAverage = Literal["updated", "lagged"]
@@ -73,6 +80,7 @@ def _check(
     advance: bool,
     class_losses: ClassLosses | None = None,
 ) -> None:
+    check_logits(logits, labels, label_smoothing)
     if class_losses is not None and len(class_losses.seen) - 1 < logits.shape[1]:
         raise ValueError(
             f"the logits have {logits.shape[1]} classes, and losses are kept of "
@@ -80,7 +88,6 @@ def _check(
         )
     if class_losses is not None and moving_avg == "lagged":
         raise ValueError("a percentile by class is of the class's last losses: not with 'lagged'")
-    check_logits(logits, labels, label_smoothing)
     if isinstance(curriculum, MentorWeights) and curriculum.use_label:
         known = curriculum.label_embedding.shape[0]
         if logits.shape[1] > known:
@@ -118,39 +125,19 @@ def _check(
             )
 
 
-def _epoch_pct(epoch_pct: Tensor | None, step: Tensor | int, total_steps: int | None) -> Tensor:
-    if epoch_pct is not None:
-        return epoch_pct
-    assert total_steps is not None
-    percent = torch.as_tensor(step) * 100 // total_steps
-    return percent.clamp(0, 99)
-
-
-def _ranks(group: dist.ProcessGroup | None) -> int:
-    return 1 if group is None else dist.get_world_size(group)
-
-
-def _first_row(labels: Tensor, group: dist.ProcessGroup | None) -> int:
-    return 0 if group is None else dist.get_rank(group) * labels.shape[0]
+def progress_pct(step: Tensor | int, total_steps: int) -> Tensor:
+    """The share of training steps that are taken, an integer percentage 0..99."""
+    return (torch.as_tensor(step) * EPOCHS // total_steps).clamp(0, EPOCHS - 1)
 
 
 def _row_ids(labels: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Row numbers in the global batch, so that ranks do not toss the same coins."""
-    return torch.arange(labels.shape[0], device=labels.device) + _first_row(labels, group)
+    return torch.arange(labels.shape[0], device=labels.device) + first_row(labels, group)
 
 
 def _absent_as_nan(losses: Tensor, valid: Tensor) -> Tensor:
     """NaN means "absent" to the percentile, so a real NaN loss goes in as +inf: last too."""
     return losses.masked_fill(losses.isnan(), torch.inf).masked_fill(~valid, torch.nan)
-
-
-def _gather(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The rows of all ranks, [W]; every rank brings the same B. The host does not wait."""
-    if _ranks(group) == 1:
-        return rows
-    everyone = rows.new_empty(_ranks(group) * rows.shape[0])
-    dist.all_gather_into_tensor(everyone, rows.contiguous(), group=group)
-    return everyone
 
 
 def reweight_ref(
@@ -185,21 +172,23 @@ def reweight_ref(
     labels = labels.long()
     valid = labels != ignore_index
     sample_ids = _row_ids(labels, group) if sample_ids is None else sample_ids
-    epoch_pct = _epoch_pct(epoch_pct, step, total_steps)
+    if epoch_pct is None:
+        assert total_steps is not None  # `_check` has seen to it
+        epoch_pct = progress_pct(step, total_steps)
     # Under autocast a MentorNet's matrix products would lose the weight's lower bits.
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         sample_loss = cross_entropy_ref(logits, labels, ignore_index, label_smoothing)
-        everyone = _gather(_absent_as_nan(sample_loss, valid), group)
-        count = (~everyone.isnan()).sum().clamp(min=1).to(sample_loss.dtype) / _ranks(group)
+        everyone = gather_rows(_absent_as_nan(sample_loss, valid), group)
+        count = (~everyone.isnan()).sum().clamp(min=1).to(sample_loss.dtype) / count_ranks(group)
         percentile = percentile_ref(everyone, loss_percentile)
         new_avg = moving_average_ref(loss_moving_avg, percentile, decay)
         base = (loss_moving_avg if moving_avg == "lagged" else new_avg).to(sample_loss.dtype)
         own = everyones = base
         if class_losses is not None:
-            labels_W = _gather(labels, group)
+            labels_W = gather_rows(labels, group)
             remember_losses(class_losses, labels_W, everyone)
             everyones = class_percentile(class_losses, labels_W).to(base.dtype)
-            own = everyones.narrow(0, _first_row(labels, group), len(labels))
+            own = everyones.narrow(0, first_row(labels, group), len(labels))
         steps = sample_loss, sample_loss - own
         if history is not None and isinstance(curriculum, MentorWeights):
             steps = history_steps_ref(history, sample_ids, *steps)
@@ -211,7 +200,9 @@ def reweight_ref(
             weight = weight.masked_fill(sample_ids >= history.shape[0] - 1, torch.nan)
         weight = weight.masked_fill(~valid, 0.0)
         if history is not None:
-            update_history_ref(history, _gather(sample_ids, group), everyone, everyone - everyones)
+            update_history_ref(
+                history, gather_rows(sample_ids, group), everyone, everyone - everyones
+            )
         if advance:
             loss_moving_avg.copy_(new_avg)
             assert isinstance(step, Tensor)
@@ -244,15 +235,15 @@ class _Fused(torch.autograd.Function):
         grad = written = None
         if one_pass:
             *out, grad, written = reweight_one_pass(logits, labels, *arguments)
-        elif _ranks(group) == 1:
+        elif count_ranks(group) == 1:
             out = reweight_step(logits, labels, *arguments)
         else:
             loss, lse, present = present_losses(logits, labels, *ctx.settings)
             ids = None
             if state.history is not None and state.sample_ids is not None:
-                ids = _gather(state.sample_ids, group)
+                ids = gather_rows(state.sample_ids, group)
             total, weight, new_avg, count = weigh(
-                loss, lse, _gather(present, group), ids, labels, *arguments
+                loss, lse, gather_rows(present, group), ids, labels, *arguments
             )
             out = total, loss, weight, new_avg, lse, count
         total, loss, weight, new_avg, lse, count = out
@@ -372,7 +363,7 @@ def reweight(
         step = torch.full((), step, dtype=torch.int64, device=logits.device)
     one_pass = (
         (one_launch or (lagged and plan.dropout != "exact"))  # its count is over the whole batch
-        and _ranks(group) == 1
+        and count_ranks(group) == 1
         and not torch.compiler.is_compiling()  # which would copy the gradient to correct the copy
         and logits.requires_grad
         and torch.is_grad_enabled()
@@ -386,7 +377,7 @@ def reweight(
             group,
             one_pass,
             *State(avg, step, history, epoch_pct, sample_ids, _theta(curriculum)),
-            *Numbers(total_steps or 1, _first_row(labels, group), _signed(seed), ignore_index),
+            *Numbers(total_steps or 1, first_row(labels, group), _signed(seed), ignore_index),
             *[getattr(plan, name) for name in PLAN_FIELDS],
         )
     return Reweighted(*out)

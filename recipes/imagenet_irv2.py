@@ -33,7 +33,7 @@ class ImageNet(RunConfig):
 RECIPE = ImageNet(
     name="imagenet_irv2",
     data=DataConfig(noise="symmetric:0.4"),
-    # p: the paper cross-validates it; 0.64 of the labels are right, and ℓ_pt should be their loss.
+    # p: the paper cross-validates it; 0.60 of the labels are right, and ℓ_pt should be their loss.
     curriculum=CurriculumConfig(loss_percentile=0.6),
     optim=OptimConfig(lr=0.1, weight_decay=4e-5, average_decay=0.999, warmup_epochs=2),
     train=TrainConfig(epochs=90, batch_size=256, eval_batch_size=512),

@@ -82,7 +82,7 @@ def check_classes(labels: NDArray[np.int64], class_names: Sequence[str], folds: 
     counts = np.bincount(labels)
     if (counts > 0).sum() < 2:
         raise ValueError("there are samples of one class only: no label can be wrong")
-    single = [class_names[c] for c in np.flatnonzero(counts == 1)]
+    single = [class_names[int(c)] for c in np.flatnonzero(counts == 1)]
     if single:
         raise ValueError(
             f"{len(single)} classes have a single sample, such as {', '.join(single[:5])}: no "

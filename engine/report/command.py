@@ -1,14 +1,8 @@
 """`mentorch report`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-_SHOWN = 10
 
 
 def report(
@@ -33,7 +27,7 @@ def report(
     from mentorch.engine.data.readers import open_reader
     from mentorch.engine.report.page import render_page
     from mentorch.engine.report.run_folder import read_run
-    from mentorch.engine.report.scores import score_samples, write_scores
+    from mentorch.engine.report.scores import print_top, score_samples, write_scores
 
     if samples < 0:
         raise ValueError(f"samples must be at least 0, got {samples}")
@@ -45,14 +39,7 @@ def report(
     write_scores(scores, folder / "sample_scores.parquet")
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    _print(scores, folder)
-
-
-def _print(scores: "pa.Table", folder: Path) -> None:
     suspects = int(scores["suspect"].to_numpy().sum())
     print(f"{folder / 'sample_scores.parquet'}: {len(scores):,} samples, {suspects:,} suspects")
     print(f"{folder / 'report.html'}")
-    print(f"\n{'rank':>4}  {'mean loss':>9}  {'given':<20}  {'predicted':<20}  path")
-    for row in scores.slice(0, _SHOWN).to_pylist():
-        given, predicted = (f"{(row[f'{w}_name'] or '?')[:20]:<20}" for w in ("given", "predicted"))
-        print(f"{row['rank']:>4}  {row['loss_mean']:>9.3f}  {given}  {predicted}  {row['path']}")
+    print_top(scores, "loss_mean")

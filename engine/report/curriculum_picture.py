@@ -165,7 +165,6 @@ def picture(name: str, found: ClosedForm | MentorNet, view: View) -> bytes:
         found: the curriculum.
         view: what of it.
     """
-
     surfaces = _surfaces(found, view)
     title, caption = _title(name, found), _caption(found, view)
     paint = partial(
@@ -186,7 +185,6 @@ def page(name: str, found: ClosedForm | MentorNet, view: View) -> bytes:
         found: the curriculum.
         view: what of it.
     """
-
     axes_of = view.losses, view.differences
 
     def paint(surface: Surface, axes: Any) -> None:
@@ -244,7 +242,6 @@ def _flat(card: Mapping[str, object], within: str = "") -> dict[str, str]:
 
 
 def _surfaces(found: ClosedForm | MentorNet, view: View) -> list[Surface]:
-
     return surfaces_at(
         found if isinstance(found, ClosedForm) else found.weights(),
         view.epochs,

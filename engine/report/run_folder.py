@@ -14,7 +14,9 @@ from mentorch.engine.data.datasets import open_index, with_noise
 from mentorch.engine.data.index import Index
 from mentorch.engine.data.pipelines import digest
 from mentorch.engine.distributed import World
+from mentorch.engine.files import whole_lines
 from mentorch.engine.ledger import read_ledger
+from mentorch.engine.status import read_status
 
 Ledger = dict[str, NDArray[Any]]
 
@@ -31,6 +33,7 @@ class Run:
         ledger: what training knows of each row of the index, [N] each.
         index: of the training set.
         quarantine: files that could not be used: set, sample_id, path, reason.
+        total_steps: of the training that was planned; None: there is no status.json to tell.
     """
 
     folder: Path
@@ -40,6 +43,7 @@ class Run:
     ledger: Ledger
     index: Index
     quarantine: list[dict[str, Any]]
+    total_steps: int | None
 
 
 def read_run(folder: Path, index: Path | None = None) -> Run:
@@ -64,7 +68,8 @@ def read_run(folder: Path, index: Path | None = None) -> Run:
     _check_labels(found[-1], ledger, samples)
     metrics = _json_lines(folder / "metrics.jsonl")
     quarantine = _json_lines(folder / "quarantine.jsonl")
-    return Run(folder, config, metrics, found[-1], ledger, samples, quarantine)
+    total_steps = read_status(folder).get("total_steps")
+    return Run(folder, config, metrics, found[-1], ledger, samples, quarantine, total_steps)
 
 
 def _read_config(folder: Path) -> RunConfig:
@@ -135,9 +140,8 @@ def _fingerprint(checkpoint: Path) -> dict[str, Any]:
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines, _being_written = whole_lines(path)
     try:
-        # The run may be writing its last line just now.
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return [json.loads(line) for line in lines]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from error

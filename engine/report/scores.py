@@ -141,6 +141,23 @@ def known_wrong(scores: pa.Table) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]
     return known.to_numpy(), wrong.to_numpy()
 
 
+def print_top(scores: pa.Table, column: str, rows: int = 10) -> None:
+    """Prints the most suspicious samples, a line each.
+
+    Args:
+        scores: of `score_samples`.
+        column: the number that is shown: "suspicion", "loss_mean".
+        rows: how many, at most.
+    """
+    heads = {"loss_mean": "mean loss"}
+    print(f"\n{'rank':>4}  {heads.get(column, column):>9}  {'given':<20}  {'predicted':<20}  path")
+    for row in scores.slice(0, rows).to_pylist():
+        # Nothing was predicted where the student's output was no number; arrays have no paths.
+        given, predicted = (f"{(row[f'{w}_name'] or '?')[:20]:<20}" for w in ("given", "predicted"))
+        name = row["path"] or f"sample {row['sample_id']}"
+        print(f"{row['rank']:>4}  {row[column]:>9.4f}  {given}  {predicted}  {name}")
+
+
 def write_scores(scores: pa.Table, path: Path) -> None:
     """Writes the table as Parquet, atomically."""
     with replacing(path) as temporary:

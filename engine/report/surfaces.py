@@ -64,11 +64,13 @@ def surfaces(run: Run) -> list[Picture]:
 
 
 def _average(run: Run, epoch_pct: int) -> float | None:
-    """ℓ_pt at that share of the steps recorded so far, nats."""
+    """ℓ_pt at that share of the training that was planned, nats; None where it is yet to come."""
     train = [line for line in run.metrics if "loss_moving_avg" in line]
-    if not train:
+    if run.total_steps is None or not train:
         return None
-    step = train[-1]["step"] * (epoch_pct + 1) / EPOCHS
+    step = run.total_steps * (epoch_pct + 1) / EPOCHS
+    if train[-1]["step"] < step:
+        return None
     nearest = min(train, key=lambda line: abs(line["step"] - step))
     return float(nearest["loss_moving_avg"])
 

@@ -9,7 +9,6 @@ loss; the accuracies are on clean test images. What to know: docs/integrations.m
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -29,7 +28,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
     train, test = (
         x.movedim(-1, 1).float() / 255 for x in (found.images, found.test_images)
     )  # fmt: skip
-    labels = torch.from_numpy(np.asarray(given)).long()
+    labels = torch.from_numpy(given)
     return TensorDataset(train, labels), TensorDataset(test, found.test_labels)
 
 

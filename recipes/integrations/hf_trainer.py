@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
@@ -32,7 +31,7 @@ def digits() -> tuple[Items, Items]:
     train, test = (
         x.movedim(-1, 1).float() / 255 for x in (found.images, found.test_images)
     )  # fmt: skip
-    labels = torch.from_numpy(np.asarray(given)).long()
+    labels = torch.from_numpy(given)
     return as_items(train, labels), as_items(test, found.test_labels)
 
 

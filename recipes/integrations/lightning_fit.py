@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -30,7 +29,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
     train, test = (
         x.movedim(-1, 1).float() / 255 for x in (found.images, found.test_images)
     )  # fmt: skip
-    labels = torch.from_numpy(np.asarray(given)).long()
+    labels = torch.from_numpy(given)
     return TensorDataset(train, labels), TensorDataset(test, found.test_labels)
 
 

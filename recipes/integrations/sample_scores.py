@@ -9,7 +9,6 @@ sample becomes a table, the most suspicious label first. Other hosts: docs/integ
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -25,7 +24,7 @@ def main() -> None:
     """Prints how many of the most suspicious labels are wrong."""
     found = load_images("digits")
     noise = Noise("symmetric", NOISE, seed=1)
-    labels = torch.from_numpy(np.asarray(noise.apply(found.labels.numpy(), 10))).long()
+    labels = torch.from_numpy(noise.apply(found.labels.numpy(), 10))
     images = found.images.flatten(1).float() / 255
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))

@@ -9,7 +9,6 @@ loss; the accuracies are on clean test images. What to know: docs/integrations.m
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from timm.task import ClassificationTask, resume_task_checkpoint
 from timm.utils import CheckpointSaver
@@ -30,7 +29,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     train, test = (
         x.movedim(-1, 1).float() / 255 for x in (found.images, found.test_images)
     )  # fmt: skip
-    return train, torch.from_numpy(np.asarray(given)).long(), test, found.test_labels
+    return train, torch.from_numpy(given), test, found.test_labels
 
 
 def new_student() -> nn.Module:

@@ -22,6 +22,13 @@ class Recipe(RunConfig):
     """A recipe's own option."""
 
 
+# Every other epoch, and the last, which is none of those; every one; only the last.
+@pytest.mark.parametrize(("every", "epochs"), [(2, [2, 4, 5]), (1, [1, 2, 3, 4, 5]), (9, [5])])
+def test_epochs_that_are_evaluated(every, epochs):
+    train = TrainConfig(epochs=5, evaluate_every=every)
+    assert [epoch for epoch in range(1, 6) if train.is_evaluated(epoch)] == epochs
+
+
 def test_what_is_saved_is_what_is_loaded(tmp_path):
     config = Recipe(
         extra=Path("/somewhere"),

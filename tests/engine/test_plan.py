@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from mentorch.engine.distributed import World
 from mentorch.engine.footprint import optimizer_bytes, size_of, trace
 from mentorch.engine.job import run
 from mentorch.engine.optim import create_optimizer
+from mentorch.engine.prepared import Prepared
 from mentorch.engine.student import create_student
 from mentorch.kernels import batch_norm, residual
 
@@ -174,7 +176,7 @@ def test_fused_norms_are_traced_without_their_kernels(monkeypatch):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_plan_says_what_stands_for_fused_norms(fused, dry):
-    found = plan.Prepared(dry, World(device=CPU), 1, 16)
+    found = Prepared(dry, World(device=CPU), 1, 16)
     other = replace(found, config=replace(dry, student=StudentConfig(fused_norms=fused)))
     for name in ("data", "weights", "trace"):  # of a student that is quick to make
         other.__dict__[name] = getattr(found, name)
@@ -221,9 +223,7 @@ def test_the_optimisers_bytes_are_exact(optim):
 def test_a_checkpoint_has_the_curriculums_tables(dry):
     """Latent weights are two numbers a sample, float32, and a scratch row of each."""
     tables = replace(dry, curriculum=replace(dry.curriculum, weight_lr=0.1))
-    with_tables, without = (
-        plan.Prepared(config, World(device=CPU), 1, 16) for config in (tables, dry)
-    )
+    with_tables, without = (Prepared(config, World(device=CPU), 1, 16) for config in (tables, dry))
     rows = len(without.data.train.labels_N) + 1
     assert with_tables.checkpoint_bytes - without.checkpoint_bytes == 2 * 4 * rows
 
@@ -283,7 +283,7 @@ def test_steps_that_do_not_fit_are_not_timed(share, parts, room, timed, dry, mon
 
     monkeypatch.setattr(plan, "measure_pace", measure)
     monkeypatch.setattr(plan, "_evaluation_s", lambda found, pace: 0.0)
-    ((_, said), *_) = plan._time(plan.Prepared(config, World(device=CPU), 1, share))
+    ((_, said), *_) = plan._time(Prepared(config, World(device=CPU), 1, share))
     assert asked == ([room] if timed else [])
     if not timed:
         assert f"even a step of {min(2 * parts, share)} images does not fit" in said
@@ -327,6 +327,45 @@ def test_steps_before_the_engine_is_at_work_are_not_timed(engine, kind, untimed,
     found = pace._time_steps(config, spade, samples, World(device=torch.device(kind)), 8, 3)
     assert found == (3, 1.0)
     assert asked == [3 + untimed]  # enough, should an epoch be a single step
+
+
+@pytest.mark.parametrize("timing", ["steps", "evaluation"])
+def test_a_loader_is_closed_when_the_student_fails(timing, dry, monkeypatch):
+    """Its threads and pipelines would be there until the process ends."""
+    found = Prepared(dry, World(device=CPU), 1, 8)
+    name, samples = next(iter(found.data.evaluate.items()))
+    closed = []
+
+    class Loader(pace.Loader):
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    def fail(*arguments):
+        raise RuntimeError("the student fails")
+
+    monkeypatch.setattr(pace, "Loader", Loader)
+    monkeypatch.setattr(found.spade, "train", fail)
+    monkeypatch.setattr(pace, "evaluate", fail)
+    run_timing = {
+        "steps": partial(pace._time_steps, dry, found.spade, samples, found.world, 8, 1),
+        "evaluation": partial(
+            pace._time_evaluation, dry, found.spade, name, samples, found.world, 8
+        ),
+    }
+    with pytest.raises(RuntimeError, match="the student fails"):
+        run_timing[timing]()
+    assert len(closed) == 1
+
+
+@pytest.mark.parametrize("taken", [0, 11, 12, 24])  # none, within an epoch, at its end, all
+def test_evaluations_that_are_past_are_not_counted(taken, dry):
+    """Two sets of 250 images, at 0.1 s an image after 1 s, in epochs of 12 steps."""
+    found = Prepared(dry, World(device=CPU), 1, 16)
+    found.__dict__["done"] = taken  # as if a checkpoint told
+    each = dict.fromkeys(found.data.evaluate, (1.0, 0.1))
+    times = 2 - taken // 12
+    assert plan._evaluation_s(found, pace.Pace(16, 1, 1.0, each)) == times * 2 * 26
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,8 @@ def test_compiles_as_one_graph(curriculum):
         ({"curriculum": "spl"}, "'spl'"),
         ({}, "total_steps is needed"),  # burn-in counts in shares of training
         ({"curriculum": mentor(), "burn_in": 0}, "total_steps is needed"),
+        ({"burn_in": 0, "late_dropout": 0.5, "late_dropout_from": 0.9}, "total_steps is needed"),
+        ({"burn_in": 0, "burn_in_dropout_until": 0.3}, "total_steps is needed"),
         ({"total_steps": 0}, "total_steps.*0"),
         ({"total_steps": -5}, "-5"),
         ({"total_steps": 9, "loss_percentile": 75.0}, "loss_percentile.*75.0"),
@@ -240,19 +242,48 @@ def test_compiles_as_one_graph(curriculum):
         ({"total_steps": 9, "decay": -0.5}, "-0.5"),
         ({"total_steps": 9, "burn_in": 20}, "burn_in.*20"),
         ({"total_steps": 9, "burn_in": -0.2}, "-0.2"),
-        ({"total_steps": 9, "burn_in_dropout": 1.5}, "1.5"),
+        # By the names that were given, not those of `ExampleDropout`; 1.0: nothing would be left.
+        ({"total_steps": 9, "burn_in_dropout": 1.0}, r"^burn_in_dropout .*\[0, 1\), got 1.0"),
+        ({"total_steps": 9, "burn_in_dropout_until": 2}, "^burn_in_dropout_until .*got 2"),
+        ({"total_steps": 9, "late_dropout_from": math.nan}, "^late_dropout_from .*got nan"),
+        ({"total_steps": 9, "late_dropout": -0.1}, "^late_dropout .*got -0.1"),
+        ({"total_steps": 9, "label_smoothing": 1.5}, "^label_smoothing .*got 1.5"),
         ({"total_steps": 9, "percentile_of": "class"}, "num_classes"),
         ({"total_steps": 9, "percentile_of": "classes"}, "'classes'"),
         (
             {"total_steps": 9, "percentile_of": "class", "num_classes": 3, "moving_avg": "lagged"},
             "updated",
         ),
-        ({"total_steps": 9, "example_dropout": 1.0}, "1.0"),
+        ({"total_steps": 9, "example_dropout": 1.0}, "^example_dropout .*1.0"),
+        ({"total_steps": 9, "history_steps": 3}, "history_steps=3 needs num_samples"),
+        ({"total_steps": 9, "ledger": True}, "ledger=True needs num_samples"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments, message):
     with pytest.raises(ValueError, match=message):
         Reweight(**{"curriculum": "linear", **arguments})
+
+
+@pytest.mark.parametrize("wrong", [1.01, -0.01, math.nan, 75.0])
+def test_percentiles_by_class_are_shares(wrong):
+    """One out of range would read the windows out of range, a step later."""
+    criterion = Reweight("linear", burn_in=0, percentile_of="class", num_classes=2)
+    with pytest.raises(ValueError, match=rf"loss_percentiles are in \[0, 1\], got {wrong}"):
+        criterion.set_class_percentiles(torch.tensor([0.5, wrong], dtype=torch.float64))
+    criterion.set_class_percentiles(torch.tensor([0.0, 1.0]))  # the ends are
+    assert criterion.class_shares.tolist() == [0.0, 1.0, 0.75]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"burn_in_dropout": 0.5},  # of a burn-in that there is not
+        {"late_dropout": 0.5, "late_dropout_from": 1.0},  # never
+        {"burn_in_dropout_until": 0.0},
+    ],
+)
+def test_what_never_counts_steps_needs_no_total(options):
+    assert Reweight("linear", burn_in=0, **options)(*draw()).isfinite()
 
 
 def test_a_missing_file_is_named():

@@ -141,7 +141,7 @@ def test_dtype_is_kept(dtype, exact):
         ({"burn_in_pct": -1}, "-1"),
         ({"late_rate": 1.0}, "late_rate.*1.0"),
         ({"late_pct": 101}, "late_pct.*101"),
-        ({"burn_in_rate_pct": -1}, "early_pct.*-1"),
+        ({"burn_in_rate_pct": -1}, "burn_in_rate_pct.*-1"),
     ],
 )
 def test_bad_rates_are_refused(arguments, message):

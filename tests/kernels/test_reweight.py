@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mentorch.kernels.class_percentile import new_class_losses
 from mentorch.kernels.example_dropout import ExampleDropout
 from mentorch.kernels.mentor import ClosedForm, LstmWeights, MentorWeights
 from mentorch.kernels.reweight import Reweighted, reweight, reweight_ref
@@ -429,6 +430,7 @@ def test_nothing_is_read_by_the_host(name, exact):
         ((4, 3), (5,), {}, r"\[4, 3\] and \[5\]"),
         ((4, 3, 2), (4,), {}, r"\[4, 3, 2\]"),
         ((4, 3), (4, 3), {}, r"\[4, 3\] and \[4, 3\]"),
+        ((4,), (4,), {"class_losses": new_class_losses(3, 2, 0.5)}, r"\[4\] and \[4\]"),
         ((0, 3), (0,), {}, "empty.*0 rows"),
         ((4, 3), (4,), {"loss_percentile": 75.0}, "loss_percentile.*75.0"),
         ((4, 3), (4,), {"loss_percentile": -0.1}, "-0.1"),

@@ -39,9 +39,10 @@ def losses(digits_index):
 
 @pytest.fixture
 def make_run(tmp_path, digits_index, losses):
-    """Writes a run folder: ``make_run(curriculum=…, index=…, metrics=…, quarantine=…)``."""
+    """Writes a run folder: ``make_run(curriculum=…, index=…, metrics=…, quarantine=…,
+    total_steps=…)``."""
 
-    def make(curriculum=None, index=digits_index, metrics=METRICS, quarantine=()):
+    def make(curriculum=None, index=digits_index, metrics=METRICS, quarantine=(), total_steps=12):
         folder = tmp_path / "runs" / "a-run"
         checkpoint = folder / "checkpoints" / "step-00000012"
         checkpoint.mkdir(parents=True)
@@ -54,8 +55,10 @@ def make_run(tmp_path, digits_index, losses):
         state = {"fingerprint": {"seed": 0}, "spade": {}}
         (checkpoint / "state.json").write_text(json.dumps(pack(state, {})))
         for name, lines in (("metrics", metrics), ("quarantine", quarantine)):
-            text = "".join(json.dumps(line) + "\n" for line in lines)
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             (folder / f"{name}.jsonl").write_text(text)
+        if total_steps is not None:
+            (folder / "status.json").write_text(json.dumps({"total_steps": total_steps}))
         return folder
 
     return make

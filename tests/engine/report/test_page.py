@@ -175,6 +175,24 @@ def test_surfaces_of_every_kind_of_curriculum(make_run, curriculum, count):
     assert len(surfaces(read_run(make_run(curriculum)))) == count
 
 
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("total_steps", "said"),
+    [
+        (12, ["ℓ_pt = 1.80", "ℓ_pt = 1.20"]),  # it has ended: burn-in at 2.5 steps, the end at 12
+        (13, ["ℓ_pt = 1.80", None]),  # a step is missing
+        (57, ["ℓ_pt = 1.20", None]),  # 21% of 57 are 11.97
+        (58, [None, None]),  # not even the burn-in is over
+        (None, [None, None]),  # no status.json tells
+    ],
+)
+def test_a_line_is_drawn_only_of_what_the_run_has_reached(total_steps, said, make_run):
+    found = surfaces(read_run(make_run(total_steps=total_steps)))
+    for picture, average in zip(found, said, strict=True):
+        assert ("ℓ_pt = " in picture.alt) == (average is not None)
+        assert (average or "") in picture.alt
+
+
 def test_a_drawing_has_the_same_bytes_every_time():
     """matplotlib would number its parts by chance and note the date."""
     first, second = (draw("a", "b", lambda axes: axes.plot([1, 2], [3, 4])) for _ in range(2))

@@ -64,6 +64,13 @@ def test_damaged_lines_are_named(make_run):
     assert len(read_run(folder).metrics) == 1  # a line that is being written
 
 
+def test_names_may_hold_what_python_takes_for_the_end_of_a_line(make_run, tmp_path):
+    """JSON leaves U+2028 and U+0085 in its strings; the file is read as a run that goes on does."""
+    odd = {"set": "train", "sample_id": 3, "path": "a\u2028b\u0085}.jpg", "reason": "x"}
+    run = read_run(make_run(quarantine=[odd, odd]))
+    assert run.quarantine == [odd, odd]
+
+
 def test_another_index_is_noticed(make_run, digits):
     with pytest.raises(ValueError, match=r"an index of 1,547 rows, .* has 250 now"):
         read_run(make_run(), digits / "ilsvrc")

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from mentorch.engine.data.index import SCHEMA, Index
 from mentorch.engine.report.detection import detect, precision_at
 from mentorch.engine.report.run_folder import read_run
-from mentorch.engine.report.scores import known_wrong, score_samples, write_scores
+from mentorch.engine.report.scores import known_wrong, print_top, score_samples, write_scores
 
 
 def _index(tmp_path, labels=(0, 1, 1, 0), clean=(0, 0, None, None)) -> Index:
@@ -35,6 +35,24 @@ def _ledger(**columns):
         "visits": [7, 6, 255, 0], "forgetting": [1, 0, 3, 0],
     } | columns  # fmt: skip
     return {name: np.array(values) for name, values in found.items()}
+
+
+def test_the_top_is_printed_whatever_is_unknown(tmp_path, capsys):
+    """A student without a prediction, a sample without a path, names that are too long."""
+    table = score_samples(_ledger(predicted=[0, 0, -1, -1]), _index(tmp_path))
+    table = table.set_column(2, "path", pa.array([None, "1.jpg", "0.jpg"]))
+    at = table.schema.get_field_index("given_name")
+    table = table.set_column(at, "given_name", pa.array(["dog" * 9, "dog", "cat"]))
+    print_top(table, "loss_mean", rows=2)
+    empty, head, *rows = capsys.readouterr().out.split("\n")
+    assert (empty, head.split()) == ("", ["rank", "mean", "loss", "given", "predicted", "path"])
+    assert [row.split() for row in rows] == [
+        ["1", "4.0000", ("dog" * 9)[:20], "?", "sample", "2"],
+        ["2", "1.0000", "dog", "cat", "1.jpg"],
+        [],
+    ]
+    print_top(table, "suspicion")
+    assert "suspicion" in capsys.readouterr().out
 
 
 def test_columns_and_values(tmp_path):
