@@ -284,10 +284,10 @@ def _reweight_cases() -> Iterator[tuple[str, Callable[[], object]]]:
                     lambda b=batch, c=classes, d=dtype, cur=curriculum, drop=dropout, t=steps,
                     f=form: _launch_reweight(b, c, DTYPES[d], cur, drop, t, f),
                 )  # fmt: skip
-    for batch, ranks in ((128, 8), (1024, 8)):
+    for batch, ranks, by_class in ((128, 8, False), (1024, 8, False), (1024, 1, True)):
         yield (
-            f"gathered losses, mentornet, {ranks} × {batch}",
-            lambda b=batch, r=ranks: _launch_weigh(b, r),
+            f"gathered losses, mentornet, {ranks} × {batch}" + ", by class" * by_class,
+            lambda b=batch, r=ranks, of=by_class: _launch_weigh(b, r, of),
         )
 
 
@@ -318,13 +318,15 @@ def _launch_reweight(
         fused.launch_one_pass(*arguments)
 
 
-def _launch_weigh(batch: int, ranks: int) -> None:
+def _launch_weigh(batch: int, ranks: int, by_class: bool) -> None:
     curriculum = _mentor(1, 20)
     rest = {"loss_percentile": 0.75, "decay": 0.95, "label_smoothing": 0.0}
     plan = Plan.of(curriculum, ExampleDropout(), 1, lagged=False, advance=True, **rest)
     loss, lse, everyone = _empty(batch), _empty(2, batch), _empty(ranks * batch)
     labels = _empty(batch, dtype=torch.int64)
-    fused.launch_weigh(loss, lse, everyone, None, labels, *_state(batch, curriculum, 1), plan)
+    bases = _empty(ranks * batch) if by_class else None
+    state = _state(batch, curriculum, 1)
+    fused.launch_weigh(loss, lse, everyone, None, bases, labels, *state, plan)
 
 
 def resources(arch: int, only: str = "") -> Iterator[Resources]:

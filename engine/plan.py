@@ -197,6 +197,7 @@ def _time(found: Prepared) -> Lines:
     pace = measure_pace(
         found.config, found.spade, found.data, found.world, found.share, room // parts * parts
     )
+    yield from (("engine", line) for line in found.spade.news)
     seconds = (found.spade.total_steps - found.done) * pace.step_s
     rate = found.config.train.batch_size / pace.step_s
     evaluating = _evaluation_s(found, pace)

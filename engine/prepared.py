@@ -1,6 +1,6 @@
 """A run put together on one rank but not begun: what a dry run looks at."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mentorch.engine.assembly import assemble
@@ -49,10 +49,16 @@ class Prepared:
 
     @cached_property
     def spade(self) -> Spade:
-        """What trains."""
+        """What trains, in the way that steps of so many ranks are run."""
         observers = [self.ledger] if self.ledger else []
-        steps = self.loader.steps_per_epoch
-        return assemble(self.config, self.data, steps, self.world, observers, Progress())
+        steps, train, news = self.loader.steps_per_epoch, self.config.train, []
+        if self.ranks > 1 and train.engine.endswith("graph"):  # as `why_not_captured` says
+            news.append(f"the step is not captured in a CUDA graph: of {self.ranks} ranks")
+            train = replace(train, engine="compile" if "compile" in train.engine else "eager")
+        config = replace(self.config, train=train)
+        spade = assemble(config, self.data, steps, self.world, observers, Progress())
+        spade.news += news
+        return spade
 
     @cached_property
     def done(self) -> int:

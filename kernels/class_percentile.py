@@ -9,8 +9,8 @@ wrong more often, having come from frequent ones. A batch has few samples of a r
 and a moving average of percentiles of one or two losses would be one of their mean; so the last M
 losses are kept and the percentile is exact over those. The window takes the place of the decay.
 
-Plain PyTorch on every device, some twenty launches and none that the host waits for; 4 M (C + 1)
-bytes.
+Plain PyTorch on every device, some twenty launches and none that the host waits for. 4 M (C + 1)
+bytes, and for a moment six times as many, or as for W in place of C where there are fewer rows.
 
 Shapes: B rows, W rows of all ranks, C classes, M losses kept of a class.
 """
@@ -93,8 +93,15 @@ def class_percentile(kept: ClassLosses, labels: Tensor) -> Tensor:
         labels: [B] integers.
     """
     rows = table_rows(kept.seen, labels.long())
-    ascending = (kept.window[rows] + 0.0).sort(dim=1).values  # NaN sorts last
-    present = kept.seen[rows].clamp(max=kept.window.shape[1])
-    position = nearest_position_ref(present, kept.share[rows])
-    found = ascending.gather(1, position.unsqueeze(1)).squeeze(1)
+    if len(kept.seen) <= len(rows):  # what is less: every class once (pixels, tokens), or every row
+        found = _percentiles(*kept)[rows]
+    else:
+        found = _percentiles(*(column[rows] for column in kept))
     return found.masked_fill(rows == len(kept.seen) - 1, torch.nan)
+
+
+def _percentiles(window: Tensor, seen: Tensor, share: Tensor) -> Tensor:
+    """Of every row of a window its percentile."""
+    ascending = (window + 0.0).sort(dim=1).values  # NaN sorts last
+    position = nearest_position_ref(seen.clamp(max=window.shape[1]), share)
+    return ascending.gather(1, position.unsqueeze(1)).squeeze(1)

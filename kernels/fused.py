@@ -4,7 +4,7 @@
 - ``mentorch::reweight_one_pass``: the same and the gradient in one launch: row by row for a lagged
   ℓ_pt, else with the whole batch kept on the chip.
 - ``mentorch::correct_gradient``: that gradient, for another upstream gradient than 1; else nothing.
-- ``mentorch::present_losses``: the losses that several ranks exchange.
+- ``mentorch::present_losses``: the losses that several ranks exchange, or classes are known by.
 - ``mentorch::weigh``: what follows from them, on each rank.
 
 Bytes at s bytes a logit: a step reads s·B·C, the gradient reads and writes as much; one pass reads
@@ -81,7 +81,7 @@ def _reweight_fwd_kernel(
             )  # fmt: skip
             tl.debug_barrier()  # the losses are read back by other threads
         weigh_batch(
-            loss_ptr, present_ptr, labels_ptr, ids_ptr, ids_ptr, weight_ptr, total_ptr,
+            loss_ptr, present_ptr, labels_ptr, ids_ptr, ids_ptr, None, weight_ptr, total_ptr,
             new_avg_ptr, count_ptr, coin_ptr, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr,
             theta, B, B, N, total_steps, first_row, seed, ignore_index, PLAN, M, BLOCK,
             ONE_BLOCK, False,
@@ -133,7 +133,7 @@ def _reweight_one_pass_kernel(
     if is_last_program(ticket_ptr):
         tl.store(written_ptr, scale)
         weigh_batch(
-            loss_ptr, present_ptr, labels_ptr, ids_ptr, ids_ptr, weight_ptr, total_ptr,
+            loss_ptr, present_ptr, labels_ptr, ids_ptr, ids_ptr, None, weight_ptr, total_ptr,
             new_avg_ptr, count_ptr, coin_ptr, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr,
             theta, B, B, N, total_steps, first_row, seed, ignore_index, PLAN, M, BLOCK,
             ONE_BLOCK, True,
@@ -167,7 +167,7 @@ def _reweight_resident_kernel(
     last = is_last_program(ticket_ptr)
     if last:
         weigh_batch(
-            loss_ptr, present_ptr, labels_ptr, ids_ptr, ids_ptr, weight_ptr, total_ptr,
+            loss_ptr, present_ptr, labels_ptr, ids_ptr, ids_ptr, None, weight_ptr, total_ptr,
             new_avg_ptr, count_ptr, coin_ptr, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr,
             theta, B, B, N, total_steps, first_row, seed, ignore_index, PLAN, M, BLOCK,
             ONE_BLOCK, False,
@@ -351,12 +351,17 @@ def launch_weigh(
     lse: Tensor,
     everyone: Tensor,
     everyones_ids: Tensor | None,
+    bases: Tensor | None,
     labels: Tensor,
     state: State,
     numbers: Numbers,
     plan: Plan,
 ) -> Outcome:
-    """The launch between the gathered losses of all ranks [W] and the gradient."""
+    """The launch between the gathered losses of all ranks [W] and the gradient.
+
+    ``everyones_ids``: [W], None where this rank's are all. ``bases``: [W] float32, what the losses
+    are compared with; None: all with ℓ_pt.
+    """
     batch, rows = loss.shape[0], everyone.shape[0]
     warps = 4 if rows <= 1024 else 8
     out = _outcome(loss, state.loss_moving_avg)
@@ -365,7 +370,8 @@ def launch_weigh(
         everyone,
         labels.contiguous(),
         state.sample_ids,
-        everyones_ids,
+        state.sample_ids if everyones_ids is None else everyones_ids,
+        bases,
         out.weight,
         out.total,
         out.new_avg,
@@ -425,15 +431,16 @@ def _weigh(
     lse: Tensor,
     everyone: Tensor,
     everyones_ids: Tensor | None,
+    bases: Tensor | None,
     labels: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    out = launch_weigh(loss, lse, everyone, everyones_ids, labels, *parts(arguments))
+    out = launch_weigh(loss, lse, everyone, everyones_ids, bases, labels, *parts(arguments))
     return out.total, out.weight, out.new_avg, out.divisor
 
 
 def _weigh_fake(loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    out = _outcome(loss, arguments[4])
+    out = _outcome(loss, arguments[5])
     return out.total, out.weight, out.new_avg, out.divisor
 
 
@@ -458,7 +465,7 @@ weigh = _operator(
     "weigh",
     _weigh,
     _weigh_fake,
-    "Tensor loss, Tensor lse, Tensor everyone, Tensor? everyones_ids, Tensor labels",
+    "Tensor loss, Tensor lse, Tensor everyone, Tensor? everyones_ids, Tensor? bases, Tensor labels",
     4,
 )
 

@@ -28,19 +28,10 @@ from torch import Tensor
 
 from mentorch.kernels.backend import runs_kernels
 from mentorch.kernels.class_percentile import ClassLosses, class_percentile, remember_losses
-from mentorch.kernels.cross_entropy import check_logits, cross_entropy_gradient, cross_entropy_ref
+from mentorch.kernels.cross_entropy import check_logits, cross_entropy_ref
 from mentorch.kernels.example_dropout import ExampleDropout, example_dropout_ref
-from mentorch.kernels.fused import (
-    PLAN_FIELDS,
-    Numbers,
-    State,
-    correct_gradient,
-    parts,
-    present_losses,
-    reweight_one_pass,
-    reweight_step,
-    weigh,
-)
+from mentorch.kernels.fused import PLAN_FIELDS, Numbers, State
+from mentorch.kernels.fused_function import Fused, Losses, losses_of_all
 from mentorch.kernels.history import history_steps_ref, update_history_ref
 from mentorch.kernels.mentor import (
     EPOCHS,
@@ -225,51 +216,6 @@ def _signed(seed: int) -> int:
     return (seed + 2**63) % 2**64 - 2**63
 
 
-class _Fused(torch.autograd.Function):
-    """The fused step, differentiable in the logits."""
-
-    @staticmethod
-    def forward(ctx, logits, labels, group, one_pass, *arguments):
-        state, numbers, plan = parts(arguments)
-        ctx.settings = numbers.ignore_index, plan.label_smoothing
-        grad = written = None
-        if one_pass:
-            *out, grad, written = reweight_one_pass(logits, labels, *arguments)
-        elif count_ranks(group) == 1:
-            out = reweight_step(logits, labels, *arguments)
-        else:
-            loss, lse, present = present_losses(logits, labels, *ctx.settings)
-            ids = None
-            if state.history is not None and state.sample_ids is not None:
-                ids = gather_rows(state.sample_ids, group)
-            total, weight, new_avg, count = weigh(
-                loss, lse, gather_rows(present, group), ids, labels, *arguments
-            )
-            out = total, loss, weight, new_avg, lse, count
-        total, loss, weight, new_avg, lse, count = out
-        ctx.save_for_backward(logits, labels, lse, weight, count, grad, written)
-        ctx.mark_non_differentiable(loss, weight, new_avg)
-        ctx.set_materialize_grads(False)
-        ctx.used = False
-        return total, loss, weight, new_avg
-
-    @staticmethod
-    def backward(ctx, scale, *_others):
-        nothing = (None,) * len(ctx.needs_input_grad)
-        if scale is None:
-            return nothing
-        logits, labels, lse, weight, count, grad, written = ctx.saved_tensors
-        if grad is None or ctx.used or torch.is_grad_enabled():  # the last: create_graph=True
-            grad = cross_entropy_gradient(logits, labels, lse, weight, scale, count, *ctx.settings)
-        else:
-            grad = grad.data  # of its own version: what was saved counts as not changed
-            correct_gradient(
-                grad, written, logits, labels, lse, weight, scale, count, *ctx.settings
-            )
-            ctx.used = True  # handed out: a second backward writes its own
-        return grad, *nothing[1:]
-
-
 def reweight(
     logits: Tensor,
     labels: Tensor,
@@ -297,7 +243,8 @@ def reweight(
 
     On a GPU fused: two launches in all. With a lagged average the first writes the gradient too and
     the second only sees that there is nothing to correct. Elsewhere `reweight_ref`. Nothing syncs
-    with the host; only ``history``, and with ``advance`` the state, are changed in place.
+    with the host; only ``history``, ``class_losses`` and, with ``advance``, the state are changed
+    in place.
 
     Args:
         logits: [B, C], any floating dtype; the mathematics is float32, or float64 for float64.
@@ -333,9 +280,8 @@ def reweight(
             fit: a single cooperative launch. The results are the same; as for "lagged", it pays for
             an upstream gradient of 1. Not the default: where it wins has not been measured yet.
         class_losses: from `new_class_losses`: differences are then taken from the percentile of the
-            row's class (`class_percentile`) and the batch's losses are put in. Not fused: plain
-            PyTorch, without a host sync; a label out of range is then PyTorch's error.
-            ``loss_moving_avg`` goes on, and decides nothing.
+            row's class (`class_percentile`) and the batch's losses are put in, some twenty launches
+            more. ``loss_moving_avg`` goes on, and decides nothing.
 
     Returns:
         `Reweighted`. A batch with no valid row has loss 0 and leaves ℓ_pt as it was.
@@ -344,7 +290,7 @@ def reweight(
         ValueError: shapes or parameters out of range.
     """
     rest = {"loss_percentile": loss_percentile, "decay": decay, "label_smoothing": label_smoothing}
-    if class_losses is not None or not runs_kernels(logits):
+    if not runs_kernels(logits):
         return reweight_ref(
             logits, labels, curriculum, loss_moving_avg, epoch_pct, moving_avg=moving_avg,
             dropout=dropout, seed=seed, step=step, total_steps=total_steps, sample_ids=sample_ids,
@@ -353,7 +299,7 @@ def reweight(
         )  # fmt: skip
     _check(
         logits, labels, curriculum, epoch_pct, total_steps, sample_ids, history, moving_avg,
-        label_smoothing, loss_moving_avg, step, advance,
+        label_smoothing, loss_moving_avg, step, advance, class_losses,
     )  # fmt: skip
     check_moving_average(loss_percentile, decay)
     steps = 1 if history is None else history.shape[1]
@@ -364,18 +310,25 @@ def reweight(
     one_pass = (
         (one_launch or (lagged and plan.dropout != "exact"))  # its count is over the whole batch
         and count_ranks(group) == 1
+        and class_losses is None
         and not torch.compiler.is_compiling()  # which would copy the gradient to correct the copy
         and logits.requires_grad
         and torch.is_grad_enabled()
     )
     avg = loss_moving_avg.detach()
     sample_ids = None if sample_ids is None else sample_ids.contiguous()
+    losses = Losses()
+    if count_ranks(group) > 1 or class_losses is not None:
+        ids = None if history is None else sample_ids
+        losses = losses_of_all(
+            logits, labels, group, ids, class_losses, ignore_index, label_smoothing
+        )
     with torch.autocast(logits.device.type, enabled=False):
-        out = _Fused.apply(
+        out = Fused.apply(
             logits,
             labels,
-            group,
             one_pass,
+            *losses,
             *State(avg, step, history, epoch_pct, sample_ids, _theta(curriculum)),
             *Numbers(total_steps or 1, first_row(labels, group), _signed(seed), ignore_index),
             *[getattr(plan, name) for name in PLAN_FIELDS],

@@ -7,7 +7,8 @@
     L     = Σ v_i ℓ_i / B                                    rows of v_i = 0 left out: 0 · NaN is 0
 
 It is the end of the fused operation (`reweight`), run by whichever program finishes its rows last,
-and a launch of its own where the losses of several ranks are gathered in between. Some 40 bytes a
+and a launch of its own where the losses of several ranks are gathered in between, or each is
+compared with its class's percentile. Some 40 bytes a
 sample. All sums are taken in a fixed order, so results repeat bit by bit.
 
 Shapes: B batch of this rank, W losses of all ranks, M samples of a tile, T history steps.
@@ -282,6 +283,7 @@ def weigh_batch(
     labels_ptr,  # [B]
     ids_ptr,  # [B], or None: the row numbers from first_row on
     all_ids_ptr,  # [W], whose samples the W losses are; read with a history
+    base_ptr,  # [W] float32, what the W losses are compared with; or None: all with ℓ_pt
     weight_ptr,  # [B] float32, written
     total_ptr,  # 0-d, written: L
     new_avg_ptr,  # 0-d, written
@@ -331,8 +333,11 @@ def weigh_batch(
         else:
             label_M = tl.load(labels_ptr + row_M, mask=there_M, other=0).to(tl.int64)
             id_M = sample_id(ids_ptr, row_M, there_M, first_row)
+            base_M = base
+            if base_ptr is not None:
+                base_M = tl.load(base_ptr + first_row + row_M, mask=there_M, other=0.0)
             weight_M = curriculum_weight(
-                loss_M, loss_M - base, label_M, id_M, there_M, epoch_pct, theta, history_ptr, N,
+                loss_M, loss_M - base_M, label_M, id_M, there_M, epoch_pct, theta, history_ptr, N,
                 PLAN,
             )  # fmt: skip
             if PLAN.dropout == "exact":
@@ -361,7 +366,10 @@ def weigh_batch(
                 present_ptr + row_M, mask=there_M, other=float("nan"), cache_modifier=".cg"
             )
             id_M = sample_id(all_ids_ptr, row_M, there_M, 0)
-            update_history(history_ptr, id_M, loss_M, loss_M - base, N, STEPS)
+            base_M = base
+            if base_ptr is not None:
+                base_M = tl.load(base_ptr + row_M, mask=there_M, other=0.0)
+            update_history(history_ptr, id_M, loss_M, loss_M - base_M, N, STEPS)
     if PLAN.advance:
         tl.debug_barrier()  # every thread has read them
         tl.store(avg_ptr, new_avg)
@@ -370,14 +378,14 @@ def weigh_batch(
 
 @triton.jit(do_not_specialize=["B", "W", "N", "total_steps", "first_row", "seed", "ignore_index"])
 def weigh_kernel(
-    loss_ptr, present_ptr, labels_ptr, ids_ptr, all_ids_ptr, weight_ptr, total_ptr, new_avg_ptr,
-    count_ptr, coin_ptr, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr, theta, B, W, N, total_steps,
-    first_row, seed, ignore_index, PLAN: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
+    loss_ptr, present_ptr, labels_ptr, ids_ptr, all_ids_ptr, base_ptr, weight_ptr, total_ptr,
+    new_avg_ptr, count_ptr, coin_ptr, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr, theta, B, W, N,
+    total_steps, first_row, seed, ignore_index, PLAN: tl.constexpr, M: tl.constexpr,
+    BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`weigh_batch` as a launch of its own."""
     weigh_batch(
-        loss_ptr, present_ptr, labels_ptr, ids_ptr, all_ids_ptr, weight_ptr, total_ptr, new_avg_ptr,
-        count_ptr, coin_ptr, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr, theta, B, W, N,
-        total_steps, first_row, seed, ignore_index, PLAN, M, BLOCK, ONE_BLOCK, False,
+        loss_ptr, present_ptr, labels_ptr, ids_ptr, all_ids_ptr, base_ptr, weight_ptr, total_ptr,
+        new_avg_ptr, count_ptr, coin_ptr, avg_ptr, step_ptr, epoch_pct_ptr, history_ptr, theta, B,
+        W, N, total_steps, first_row, seed, ignore_index, PLAN, M, BLOCK, ONE_BLOCK, False,
     )  # fmt: skip

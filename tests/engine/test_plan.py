@@ -289,6 +289,17 @@ def test_steps_that_do_not_fit_are_not_timed(share, parts, room, timed, dry, mon
         assert f"even a step of {min(2 * parts, share)} images does not fit" in said
 
 
+@pytest.mark.parametrize(("ranks", "why"), [(1, "needs a GPU"), (2, "of 2 ranks")])
+def test_steps_are_timed_as_the_run_would_take_them(ranks, why, dry):
+    """One rank alone could capture its steps where two of a run cannot."""
+    config = replace(dry, train=replace(dry.train, engine="graph"))
+    found = Prepared(config, World(device=CPU), ranks, 16 // ranks)
+    said = [text for title, text in plan._time(found) if title == "engine"]
+    assert len(said) == 1
+    assert why in said[0]
+    assert found.spade.config.train.engine == ("graph" if ranks == 1 else "eager")
+
+
 @pytest.mark.parametrize(
     ("engine", "kind", "untimed"),
     [

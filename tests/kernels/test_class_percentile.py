@@ -5,16 +5,26 @@ from collections import deque
 import pytest
 import torch
 
+from mentorch import Reweight
+from mentorch.kernels import reweight as module
 from mentorch.kernels.class_percentile import (
     class_percentile,
     new_class_losses,
     remember_losses,
 )
+from mentorch.kernels.example_dropout import ExampleDropout
+from mentorch.kernels.history import new_history
 from mentorch.kernels.mentor import ClosedForm
 from mentorch.kernels.percentile import percentile_ref
 from mentorch.kernels.reweight import reweight
 
+from .fused_run import Run, mentor
+from .fused_run import draw as draw_logits
+
 WINDOW = 5
+COINS = ExampleDropout(20, 0.5, 0.3)
+EXACT = ExampleDropout(20, 0.5, 0.3, exact=True)
+LINEAR = ClosedForm("linear", lambda2=3.0)
 
 
 def draw(rows, classes, seed):
@@ -98,6 +108,35 @@ def test_gradients_and_ignored_rows():
     softmax = logits.detach().softmax(1)
     hot = torch.nn.functional.one_hot(labels.clamp(min=0), 3)
     torch.testing.assert_close(logits.grad, wanted[:, None] * (softmax - hot))
+
+
+@pytest.mark.parametrize("dropout", [None, COINS, EXACT], ids=["none", "coins", "exact"])
+@pytest.mark.parametrize("rows", [33, 150])  # fewer than classes, and more; 150: two tiles
+@pytest.mark.parametrize("name", ["linear", "mentor"])
+def test_the_fused_form_is_the_definition(name, rows, dropout, device):
+    """As many steps as fill a window of 8, so that the oldest losses go."""
+    net = {"linear": LINEAR, "mentor": mentor()}[name]
+    history = new_history(200, 3) if name == "mentor" else None
+    run = Run(net, device, history=history, dropout=dropout, windows=(40, 8))
+    for seed in range(5):
+        logits, labels = draw_logits(rows, 40, torch.bfloat16 if seed % 2 else torch.float32, seed)
+        labels = labels**2 // 40  # rare classes, and such as have more rows than the window
+        labels[2] = -100
+        ids = torch.randperm(190, generator=torch.Generator().manual_seed(seed))[:rows]
+        run.step(logits, labels, ids)
+    here, there = run.kept
+    assert torch.equal(here.seen[:-1].cpu(), there.seen[:-1])
+    torch.testing.assert_close(
+        here.window[:-1].cpu(), there.window[:-1], rtol=1e-5, atol=1e-5, equal_nan=True
+    )
+
+
+def test_a_step_by_class_is_fused(device, monkeypatch):
+    """Where kernels run, the definition's hundreds of launches do not."""
+    monkeypatch.setattr(module, "reweight_ref", lambda *_, **__: pytest.fail("not fused"))
+    Reweight("pd", total_steps=9, percentile_of="class", num_classes=3).to(device)(
+        torch.randn(4, 3, device=device), torch.tensor([0, 1, 2, 1], device=device)
+    )
 
 
 def test_what_does_not_go_together_is_refused():
