@@ -6,9 +6,11 @@ command imports what it needs itself.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -128,8 +130,8 @@ Examples
 
 Exit status: 0 fine, 1 failed, 2 wrong input, 130 interrupted, 141 nobody reads the output."""
 
-# tyro completes no operands, and gives one empty word for nothing; then files are meant.
-_FILES_TOO = """_mentorch() { _tyro_mentorch "$@"; [[ -n ${COMPREPLY[0]} ]] || COMPREPLY=(); }
+# Where tyro has nothing it gives one empty word.
+_BASH_FILES = """_mentorch() { _tyro_mentorch "$@"; [[ -n ${COMPREPLY[0]} ]] || COMPREPLY=(); }
 complete -o default -F _mentorch mentorch"""
 
 
@@ -221,10 +223,20 @@ def print_completion(words: Sequence[str]) -> None:
             groups[first] = tyro.extras.SubcommandApp()
             app.command(groups[first], name=first)
         groups.get(first, app).command(name=second or first)(command.load())
+    script = StringIO()
     try:
-        app.cli(prog="mentorch", args=["--tyro-print-completion", *words])
+        with redirect_stdout(script):
+            app.cli(prog="mentorch", args=["--tyro-print-completion", *words])
     except SystemExit as ended:  # tyro's way to return
         if ended.code:
             raise
-    if words[0] == "bash":
-        print(_FILES_TOO)
+    print(_with_files(words[0], script.getvalue()))
+
+
+def _with_files(shell: str, script: str) -> str:
+    """tyro completes no operands: then files are meant."""
+    if shell == "fish":
+        return script.replace("--no-files ", "")
+    if shell == "zsh":
+        return script.replace("' completion_array\n", "' completion_array || _files\n")
+    return script + _BASH_FILES

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -191,7 +192,26 @@ printf '%s\\n' "${COMPREPLY[@]}"
     assert set(said.stdout.split()) == offered
 
 
-@pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_get_a_script(shell, capsys):
-    cli.print_completion([shell])
-    assert "mentorch" in capsys.readouterr().out
+@pytest.mark.skipif(not shutil.which("fish"), reason="needs fish")
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("mentorch find-iss", {"find-issues"}),
+        ("mentorch find-issues --curr", {"--curriculum"}),
+        ("mentorch find-issues file", {"file-of-mine"}),
+    ],
+)
+def test_fish_completes(line, offered, tmp_path, capsys):
+    cli.print_completion(["fish"])
+    script = tmp_path / "script"
+    script.write_text(capsys.readouterr().out)
+    (tmp_path / "file-of-mine").touch()
+    ask = ["fish", "-c", 'source script; complete -C "$argv"', line]
+    said = subprocess.run(ask, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert {found.split("\t")[0] for found in said.stdout.splitlines()} == offered
+
+
+def test_zsh_gets_files_too(capsys):
+    """It completes only where somebody types; that was tried by hand."""
+    cli.print_completion(["zsh"])
+    assert "completion_array || _files\n" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from mentorch.engine.issues import cross_validation
 from mentorch.engine.issues.cross_validation import check_classes, fold_ids, judge
 from mentorch.engine.issues.recipe import Recipe, with_epochs
 from mentorch.engine.reweight import Reweight
+from mentorch.engine.tally import Tally
 
 from .blobs import blobs
 
@@ -105,9 +106,10 @@ def test_students_that_do_not_train_end_it():
 
 
 def test_what_is_noted_of_steps_is_let_go(monkeypatch):
-    """Or the order of every epoch stays on the device."""
-    kept = []
+    """Or the order of every epoch stays on the device; also where some steps are skipped."""
+    kept, read = [], Tally.read
     predict = cross_validation._Fold.predict
+    monkeypatch.setattr(Tally, "read", lambda *a: read(*a) | {"skipped": 1.0})
     monkeypatch.setattr(
         cross_validation._Fold,
         "predict",
@@ -119,12 +121,13 @@ def test_what_is_noted_of_steps_is_let_go(monkeypatch):
 
 
 def test_samples_that_no_batch_had_do_not_count_as_weights():
-    """One epoch of one batch: a third of the training samples is never visited."""
+    """One epoch of one batch: each student visits 30 of the 40 samples that it is trained on."""
     features, labels = torch.randn(60, 3), torch.arange(60) % 2
-    recipe = Recipe(epochs=1, folds=2, batch_size=20, curriculum="uniform")
+    recipe = Recipe(epochs=1, folds=3, batch_size=30, curriculum="uniform")
     found = judge(features, labels, 2, recipe, CPU)
-    assert set(found.weight_mean.tolist()) == {0.0, 1.0}
-    assert (found.weight_mean == 1).sum() == 40
+    # 1 whether one or both of a sample's two students have visited it.
+    assert set(found.weight_mean.tolist()) <= {0.0, 1.0}
+    assert (found.weight_mean == 1).sum() > 45
 
 
 @pytest.fixture(scope="module")
