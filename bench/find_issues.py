@@ -192,17 +192,13 @@ def over_seeds(values: list[float], digits: int) -> str:
     return " / ".join(f"{value:.{digits}f}" for value in values)
 
 
-def detections(found: list[dict[str, Any]], imbalance: int) -> list[str]:
-    lines = [
-        "| score | AUROC | wrong among the top k | top k/2 | AUROC, three smallest classes "
-        "| accuracy out of sample |",
-        "|---|---|---|---|---|---|",
-    ]
+def detections(found: list[dict[str, Any]], noise: str, rate: float, imbalance: int = 1) -> str:
+    of_noise = chosen(found, noise=noise, rate=rate, imbalance=imbalance)
+    titles = ["score", "AUROC", "wrong among the top k", "top k/2", "accuracy out of sample"]
+    titles += ["AUROC, three smallest classes"] if imbalance > 1 else []
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, (curriculum, of, score) in ROWS.items():
-        runs = chosen(
-            found, noise="symmetric", rate=0.2, imbalance=imbalance, curriculum=curriculum,
-            percentile_of=of,
-        )  # fmt: skip
+        runs = chosen(of_noise, curriculum=curriculum, percentile_of=of)
         if not runs:
             continue
         at = [run["detection"][score] for run in runs]
@@ -211,11 +207,13 @@ def detections(found: list[dict[str, Any]], imbalance: int) -> list[str]:
             over_seeds([d["auroc"] for d in at], 4),
             over_seeds([100 * d["precision at all"] for d in at], 1),
             over_seeds([100 * d["precision at half"] for d in at], 1),
-            over_seeds([run["detection, rare classes"][score]["auroc"] for run in runs], 4),
             over_seeds([100 * run[accuracy] for run in runs], 1),
         ]
+        if imbalance > 1:
+            rare = [run["detection, rare classes"][score]["auroc"] for run in runs]
+            columns.append(over_seeds(rare, 4))
         lines.append(f"| {name} | {' | '.join(columns)} |")
-    return lines
+    return "\n".join(lines)
 
 
 def rates(found: list[dict[str, Any]]) -> list[str]:
@@ -251,8 +249,13 @@ def report(found: list[dict[str, Any]]) -> str:
         "10,000 training images, student `small_cnn`, 5 folds, 16 epochs. Values of the seeds one "
         f"after the other. k: the number of wrong labels. {versions}. cleanlab's rows: the same "
         "student under plain cross-entropy, its last epoch's out-of-sample probabilities.",
-        "## Symmetric 0.2", "\n".join(detections(found, 1)),
-        "## Symmetric 0.2, classes of unequal sizes (10:1)", "\n".join(detections(found, 10)),
+        "## Symmetric 0.2", detections(found, "symmetric", 0.2),
+        "## Symmetric 0.2, classes of unequal sizes (10:1)",
+        detections(found, "symmetric", 0.2, 10),
+        "## Symmetric 0.4", detections(found, "symmetric", 0.4),
+        "## Symmetric 0.6", detections(found, "symmetric", 0.6),
+        "## Asymmetric 0.4: classes that look alike are confused",
+        detections(found, "asymmetric", 0.4),
         "## How many labels are wrong", "\n".join(rates(found)),
         f"Seconds of a case, median, one core of two that had other work too: {times}.",
     ]  # fmt: skip
