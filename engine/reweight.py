@@ -82,8 +82,8 @@ class Reweight(Criterion):
 
     In training mode every call is one step: it updates ℓ_pt, counts the step and returns Σ v ℓ / B.
     In eval mode it is plain mean cross-entropy. All state is in device buffers, nothing syncs with
-    the host, and ``state_dict`` resumes exactly. On a GPU a step is two launches, gradient included
-    (`mentorch.kernels.reweight`).
+    the host, and ``state_dict`` resumes exactly. On one GPU a step is two launches, gradient
+    included (`mentorch.kernels.reweight`).
 
     Args:
         curriculum: a closed form's name (``"linear"``), a shipped MentorNet's name, a
@@ -96,7 +96,8 @@ class Reweight(Criterion):
             goes into ``backward`` as it is, neither scaled nor divided.
         percentile_of: "batch": the percentile is over the batch, as in the paper; "class": over
             the last ``class_window`` losses of the sample's class, for data whose classes differ
-            much in size: what is rare is learnt late, and would be dropped. Needs ``num_classes``.
+            much in size: what is rare is learnt late, and would be dropped. Needs ``num_classes``;
+            on a GPU some twenty launches more.
         num_classes: C, for that.
         class_window: losses kept of every class, for that.
         history_steps: T, how many visits of a sample a MentorNet's bi-LSTM looks at. Above 1,

@@ -84,7 +84,7 @@ def remember_losses(kept: ClassLosses, labels: Tensor, losses: Tensor) -> None:
 
 
 def class_percentile(kept: ClassLosses, labels: Tensor) -> Tensor:
-    """ℓ_pt of every row's class, [B] float32; NaN where nothing of the class was seen.
+    """ℓ_pt of every row's class, [B] in the windows' dtype; NaN where it has no losses yet.
 
     The "nearest" order statistic, as in `percentile`.
 

@@ -46,7 +46,7 @@ def losses_of_all(
     ids = gather_rows(sample_ids, group) if several and sample_ids is not None else None
     if class_losses is None:
         return Losses(loss, lse, everyone, ids)
-    everyones_labels = gather_rows(labels, group)
+    everyones_labels = gather_rows(labels.long(), group)  # NCCL has no int16
     remember_losses(class_losses, everyones_labels, everyone)
     return Losses(loss, lse, everyone, ids, class_percentile(class_losses, everyones_labels))
 

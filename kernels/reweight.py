@@ -10,9 +10,9 @@
 
 Jiang et al., "MentorNet", ICML 2018.
 
-The fused form is two launches. Forward: every program takes the losses of its rows, and the one
-that finishes last goes on with the batch: percentile, ℓ_pt, weights, L (`weigh`). Backward: the
-gradient, written once, the upstream gradient read from the device (`cross_entropy`). So with s
+On one rank the fused form is two launches. Forward: every program takes the losses of its rows, and
+the one that finishes last goes on with the batch: percentile, ℓ_pt, weights, L (`weigh`). Backward:
+the gradient, written once, the upstream gradient read from the device (`cross_entropy`). So with s
 bytes a logit, s·B·C are read twice, the second time from the L2 cache when they fit there, and
 s·B·C written. The exact percentile needs all losses before the first gradient; with
 ``moving_avg="lagged"`` the weights do not wait for it, and forward and gradient are one pass.
@@ -241,10 +241,10 @@ def reweight(
 ) -> Reweighted:
     """Weights every sample of a batch by a curriculum and takes the weighted loss, as above.
 
-    On a GPU fused: two launches in all. With a lagged average the first writes the gradient too and
-    the second only sees that there is nothing to correct. Elsewhere `reweight_ref`. Nothing syncs
-    with the host; only ``history``, ``class_losses`` and, with ``advance``, the state are changed
-    in place.
+    On a GPU fused: on one rank two launches in all. With a lagged average the first writes the
+    gradient too and the second only sees that there is nothing to correct. Elsewhere
+    `reweight_ref`. Nothing syncs with the host; only ``history``, ``class_losses`` and, with
+    ``advance``, the state are changed in place.
 
     Args:
         logits: [B, C], any floating dtype; the mathematics is float32, or float64 for float64.

@@ -283,7 +283,7 @@ def weigh_batch(
     labels_ptr,  # [B]
     ids_ptr,  # [B], or None: the row numbers from first_row on
     all_ids_ptr,  # [W], whose samples the W losses are; read with a history
-    base_ptr,  # [W] float32, what the W losses are compared with; or None: all with ℓ_pt
+    base_ptr,  # [W], what the W losses are compared with; or None: all with ℓ_pt
     weight_ptr,  # [B] float32, written
     total_ptr,  # 0-d, written: L
     new_avg_ptr,  # 0-d, written
@@ -335,7 +335,9 @@ def weigh_batch(
             id_M = sample_id(ids_ptr, row_M, there_M, first_row)
             base_M = base
             if base_ptr is not None:
-                base_M = tl.load(base_ptr + first_row + row_M, mask=there_M, other=0.0)
+                base_M = tl.load(base_ptr + first_row + row_M, mask=there_M, other=0.0).to(
+                    tl.float32
+                )
             weight_M = curriculum_weight(
                 loss_M, loss_M - base_M, label_M, id_M, there_M, epoch_pct, theta, history_ptr, N,
                 PLAN,
@@ -368,7 +370,7 @@ def weigh_batch(
             id_M = sample_id(all_ids_ptr, row_M, there_M, 0)
             base_M = base
             if base_ptr is not None:
-                base_M = tl.load(base_ptr + row_M, mask=there_M, other=0.0)
+                base_M = tl.load(base_ptr + row_M, mask=there_M, other=0.0).to(tl.float32)
             update_history(history_ptr, id_M, loss_M, loss_M - base_M, N, STEPS)
     if PLAN.advance:
         tl.debug_barrier()  # every thread has read them

@@ -16,11 +16,11 @@ def pytest_configure(config):
     Autograd decides in its first backward pass whether it wants threads, as it does where there is
     a GPU, and what is forked after that has no autograd: ranks of other tests could not train.
     """
-    if "gpu" in config.option.markexpr.replace("not gpu", ""):
-        return
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # Now: after a fake tensor (torch.compile) it would think that there is a GPU.
-    torch.ones((), requires_grad=True).backward()
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not torch.cuda.is_available():
+        # Now: after a fake tensor (torch.compile) it would think that there is a GPU.
+        torch.ones((), requires_grad=True).backward()
 
 
 def pytest_collection_modifyitems(items):
@@ -33,4 +33,4 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and `-m gpu`"))

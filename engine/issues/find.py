@@ -237,8 +237,7 @@ def _open(
 ) -> Samples:
     """From whatever a caller has to samples in memory."""
     if isinstance(samples, list | tuple) and labels is not None:
-        tensors = all(isinstance(sample, Tensor) for sample in samples)
-        samples = torch.stack(list(samples)) if samples and tensors else np.asarray(samples)
+        samples = _stacked(samples)
     for_arrays = {"labels": labels, "clean_labels": clean_labels, "paths": paths}
     is_path = isinstance(samples, str | Path)
     if not _is_array(samples):
@@ -258,6 +257,15 @@ def _open(
             raise ValueError("arrays need labels: find_label_issues(images, labels)")
         return from_arrays(samples, labels, class_names, clean_labels, paths)
     return from_dataset(samples, image_size, class_names)
+
+
+def _stacked(samples: Sequence[Any]) -> Any:
+    """One array of many."""
+    shapes = {tuple(np.shape(sample)) for sample in samples}
+    if len(shapes) > 1:
+        raise ValueError(f"samples have several shapes, such as {sorted(shapes)[:3]}: resize them")
+    tensors = samples and all(isinstance(sample, Tensor) for sample in samples)
+    return torch.stack(list(samples)) if tensors else np.asarray(samples)
 
 
 def _is_array(samples: Any) -> bool:

@@ -39,11 +39,12 @@ def no_host_sync():
         torch.cuda.set_sync_debug_mode("default")
 
 
-BY_CLASS = {"percentile_of": "class", "num_classes": 1000}
+# Several rows of a class in every batch, so that p decides.
+BY_CLASS = {"percentile_of": "class", "num_classes": 10}
 
 
-def _batch(dtype=torch.float32, rows=128, classes=1000):
-    torch.manual_seed(0)
+def _batch(dtype=torch.float32, rows=128, classes=1000, seed=0):
+    torch.manual_seed(seed)
     labels = torch.randint(0, classes, (rows,))
     labels[3] = -100
     return torch.randn(rows, classes, dtype=dtype), labels
@@ -52,11 +53,11 @@ def _batch(dtype=torch.float32, rows=128, classes=1000):
 @pytest.mark.parametrize("options", [{}, BY_CLASS])
 @pytest.mark.parametrize("curriculum", ["linear", "self_paced", "focal", "pd"])
 def test_weights_on_the_gpu_are_those_on_the_cpu(curriculum, options):
-    logits, labels = _batch()
     on_cpu, on_gpu = (
         Reweight(curriculum, total_steps=10, **options).to(device) for device in ("cpu", "cuda")
     )
-    for _ in range(10):  # through burn-in, whose coins must be the same
+    for step in range(10):  # through burn-in, whose coins must be the same
+        logits, labels = _batch(classes=options.get("num_classes", 1000), seed=step)
         expected = on_cpu.weigh(logits, labels)
         found = on_gpu.weigh(logits.cuda(), labels.cuda())
         for one, other in zip(expected, found, strict=True):
@@ -66,7 +67,8 @@ def test_weights_on_the_gpu_are_those_on_the_cpu(curriculum, options):
 @pytest.mark.parametrize("options", [{}, BY_CLASS])
 @pytest.mark.parametrize("curriculum", ["linear", "pd"])
 def test_a_step_does_not_wait_for_the_device(curriculum, options):
-    logits, labels = (x.cuda() for x in _batch(torch.bfloat16))
+    classes = options.get("num_classes", 1000)
+    logits, labels = (x.cuda() for x in _batch(torch.bfloat16, classes=classes))
     logits.requires_grad_()
     criterion = Reweight(curriculum, total_steps=100, example_dropout=0.1, **options).cuda()
     criterion(logits, labels).backward()
@@ -94,7 +96,8 @@ def test_the_ledger_takes_one_launch_and_does_not_wait():
 @pytest.mark.parametrize("options", [{}, BY_CLASS])
 @pytest.mark.parametrize("curriculum", ["linear", "pd"])
 def test_a_step_can_be_captured_in_a_graph(curriculum, options):
-    logits, labels = (x.cuda() for x in _batch())
+    classes = options.get("num_classes", 1000)
+    logits, labels = (x.cuda() for x in _batch(classes=classes))
     eager = Reweight(curriculum, total_steps=10, **options).cuda()
     captured = Reweight(curriculum, total_steps=10, **options).cuda()
     stream = torch.cuda.Stream()
@@ -106,7 +109,9 @@ def test_a_step_can_be_captured_in_a_graph(curriculum, options):
     with torch.cuda.graph(graph):
         out = captured.weigh(logits, labels)
     captured.load_state_dict(eager.state_dict())
-    for _ in range(10):
+    for step in range(10):
+        for there, new in zip((logits, labels), _batch(classes=classes, seed=step), strict=True):
+            there.copy_(new)
         graph.replay()
         expected = eager.weigh(logits, labels)
         assert torch.allclose(out.loss, expected.loss)

@@ -1,9 +1,12 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from mentorch.kernels.backend import INTERPRETED
+
+HERE = Path(__file__).parent
 
 if INTERPRETED and "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # threads of several workers would wait for each other
@@ -42,8 +45,9 @@ def language_patched_once_a_launch():
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Where there is a GPU, `pytest -m gpu` takes the tests of the kernels too."""
-    for item in items:
-        if torch.cuda.is_available() and "device" in getattr(item, "fixturenames", ()):
+    for item in items:  # of all folders
+        fixtures = {"device", "where"} & set(getattr(item, "fixturenames", ()))
+        if torch.cuda.is_available() and fixtures and HERE in item.path.parents:
             item.add_marker("gpu")
 
 

@@ -114,18 +114,20 @@ def test_gradients_and_ignored_rows():
 
 
 @pytest.mark.parametrize("dropout", [None, COINS, EXACT], ids=["none", "coins", "exact"])
-@pytest.mark.parametrize("rows", [33, 150])  # fewer than classes, and more; 150: two tiles
-@pytest.mark.parametrize("name", ["linear", "mentor"])
+# Fewer rows than classes, and more; the larger numbers are two tiles of samples, and three.
+@pytest.mark.parametrize(
+    ("name", "rows"), [("linear", 33), ("linear", 1100), ("mentor", 33), ("mentor", 150)]
+)
 def test_the_fused_form_is_the_definition(name, rows, dropout, device):
     """As many steps as fill a window of 8, so that the oldest losses go."""
     net = {"linear": LINEAR, "mentor": mentor()}[name]
-    history = new_history(200, 3) if name == "mentor" else None
+    history = new_history(1200, 3) if name == "mentor" else None
     run = Run(net, device, history=history, dropout=dropout, windows=(40, 8))
     for seed in range(5):
         logits, labels = draw_logits(rows, 40, torch.bfloat16 if seed % 2 else torch.float32, seed)
         labels = labels**2 // 40  # rare classes, and such as have more rows than the window
         labels[2] = -100
-        ids = torch.randperm(190, generator=torch.Generator().manual_seed(seed))[:rows]
+        ids = torch.randperm(1190, generator=torch.Generator().manual_seed(seed))[:rows]
         run.step(logits, labels, ids)
     here, there = run.kept
     assert torch.equal(here.seen[:-1].cpu(), there.seen[:-1])

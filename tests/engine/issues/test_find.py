@@ -168,6 +168,10 @@ def test_a_data_set_and_pictures(tmp_path):
             "load them in the function",
         ),
         (lambda f, g, out: mentorch.find_label_issues(f, g, folds=400), "too few for 400 folds"),
+        (
+            lambda f, g, out: mentorch.find_label_issues([torch.ones(2), torch.ones(3)], [0, 1]),
+            r"several shapes, such as \[\(2,\), \(3,\)\]",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said(call, message, data, tmp_path):
