@@ -94,10 +94,11 @@ def create_criterion(
     """
     group = dist.group.WORLD if config.percentile_over == "global" else None
     by_sample = config.trusted or config.weight_lr or config.history_steps > 1
-    if config.percentile_over == "local" and by_sample:
+    if config.percentile_over == "local" and (by_sample or config.percentile_of == "class"):
         raise ValueError(
-            "percentile_over='local' does not go with trusted, weight_lr or history_steps: what is "
-            "known about a sample must be the same on every rank; take 'global'"
+            "percentile_over='local' does not go with trusted, weight_lr, history_steps or "
+            "percentile_of='class': what is known about a sample or a class must be the same on "
+            "every rank; take 'global'"
         )
     if config.percentile_of == "class" and (config.trusted or config.weight_lr):
         raise ValueError(

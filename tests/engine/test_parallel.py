@@ -111,9 +111,10 @@ def test_the_loss_scale_shrinks_and_is_kept():
     assert not any(map(torch.equal, start, spade.student.parameters()))
 
 
-def test_a_local_percentile_refuses_what_must_be_shared():
+@pytest.mark.parametrize("shared", [{"weight_lr": 0.1}, {"percentile_of": "class"}])
+def test_a_local_percentile_refuses_what_must_be_shared(shared):
     with pytest.raises(ValueError, match="percentile_over='local' does not go with"):
-        train(config_of(curriculum=CurriculumConfig(weight_lr=0.1, percentile_over="local")), 1)
+        train(config_of(curriculum=CurriculumConfig(percentile_over="local", **shared)), 1)
 
 
 def test_half_the_bytes_round_the_gradients(ranks):
