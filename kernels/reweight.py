@@ -345,6 +345,6 @@ def _theta(curriculum: Curriculum) -> list[Tensor]:
         return []
     w = curriculum
     absent = (w.fc1_bias,) * len(LstmWeights._fields)
-    tensors = [w.label_embedding, w.epoch_embedding, *(w.forward or absent)]
-    tensors += w.backward or absent
-    return [t.detach() for t in (*tensors, w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias)]
+    lstms = (*(w.forward or absent), *(w.backward or absent))
+    dense = (w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias)
+    return [t.detach() for t in (w.label_embedding, w.epoch_embedding, *lstms, *dense)]
