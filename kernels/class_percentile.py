@@ -10,7 +10,7 @@ and a moving average of percentiles of one or two losses would be one of their m
 losses are kept and the percentile is exact over those. The window takes the place of the decay.
 
 Plain PyTorch on every device, some twenty launches and none that the host waits for. 4 M (C + 1)
-bytes, and for a moment six times as many, or as for W in place of C where there are fewer rows.
+bytes; while they are sorted some five times as many, of W rows where those are fewer than classes.
 
 Shapes: B rows, W rows of all ranks, C classes, M losses kept of a class.
 """

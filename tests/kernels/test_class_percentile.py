@@ -139,9 +139,10 @@ def test_the_fused_form_is_the_definition(name, rows, dropout, device):
 def test_a_step_by_class_is_fused(device, monkeypatch):
     """Where kernels run, the definition's hundreds of launches do not."""
     monkeypatch.setattr(module, "reweight_ref", lambda *_, **__: pytest.fail("not fused"))
-    Reweight("pd", total_steps=9, percentile_of="class", num_classes=3).to(device)(
-        torch.randn(4, 3, device=device), torch.tensor([0, 1, 2, 1], device=device)
-    )
+    criterion = Reweight("pd", total_steps=9, percentile_of="class", num_classes=3).to(device)
+    labels = torch.tensor([0, 1, 2, 1], device=device)
+    assert criterion(torch.randn(4, 3, device=device), labels).isfinite()
+    assert criterion.class_seen[:3].tolist() == [1, 2, 1]
 
 
 def test_what_does_not_go_together_is_refused():
